@@ -1,0 +1,135 @@
+"""Checkpoints: write one so that it is whole or not there, find the newest good one, rebuild a model from it.
+
+A checkpoint is a directory `step_NNNNNN/` of plain files, nothing pickled:
+    model.safetensors      the weights, under the names of model.py (the tied head once, no buffers)
+    optimizer.safetensors  AdamW's moments, under the names of their parameters
+    state.json             step, full config, best loss, data set fingerprint, W&B run id, versions, SHA-256 of the two
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from config import UserError
+from model import GPT, GPTConfig
+from shards import sha256
+
+FORMAT = 1
+
+
+def save(ckpt_dir: Path, step: int, model: GPT, optimizer: torch.optim.Optimizer, state: dict) -> Path:
+    """Write ckpt_dir/step_NNNNNN and return it. A crash at any moment leaves older checkpoints and no half of this one:
+    files go to a temporary directory, reach the disk (fsync), and get their name last."""
+    final = ckpt_dir / f"step_{step:06d}"
+    temporary = ckpt_dir / f".{final.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, temporary / "model.safetensors")
+    names = {p: name for name, p in model.named_parameters()}
+    moments = {f"{names[p]}.{key}": value for p, values in optimizer.state.items() for key, value in values.items()}
+    save_file(moments, temporary / "optimizer.safetensors")
+    state = state | dict(format=FORMAT, step=step, gpt_config=dataclasses.asdict(model.config), torch=str(torch.__version__),
+                         sha256={f.name: sha256(f) for f in sorted(temporary.iterdir())})
+    (temporary / "state.json").write_text(json.dumps(state, indent=1))
+    for path in [*temporary.iterdir(), temporary]:
+        fsync(path)
+    shutil.rmtree(final, ignore_errors=True)  # only ever a checkpoint of this step that failed to load
+    os.replace(temporary, final)
+    fsync(ckpt_dir)
+    return final
+
+
+def fsync(path: Path):
+    if os.name == "nt" and path.is_dir():
+        return  # Windows has no handle for a directory
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_state(path: Path) -> dict:
+    """state.json of a checkpoint whose files all match their SHA-256. Raises UserError naming what does not."""
+    try:
+        state = json.loads((path / "state.json").read_text())
+        if state["format"] != FORMAT:
+            raise UserError(f"{path} has checkpoint format {state['format']}, expected {FORMAT}; hint: use the version that wrote it")
+        for name, expected in state["sha256"].items():
+            if os.path.basename(name) != name or (found := sha256(path / name)) != expected:
+                raise UserError(f"{path / name} is damaged: SHA-256 {found[:12]}..., expected {expected[:12]}...; "
+                                "hint: --resume an older checkpoint")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{path} is not a whole checkpoint ({type(e).__name__}: {e}); hint: --resume an older one")
+    return state
+
+
+def steps(ckpt_dir: Path) -> list[Path]:
+    """The checkpoints of a directory, oldest first."""
+    return sorted(p for p in ckpt_dir.glob("step_*") if p.is_dir())
+
+
+def newest(ckpt_dir: Path, say=print) -> tuple[Path, dict] | None:
+    """The newest checkpoint whose files are all good, and its state; None when there are none at all.
+
+    Damaged ones are told of and passed over. Raises UserError when every one is damaged: no silent start from scratch.
+    """
+    for path in reversed(steps(ckpt_dir)):
+        try:
+            return path, read_state(path)
+        except UserError as e:
+            say(f"checkpoint passed over | {e}")
+    if steps(ckpt_dir):
+        raise UserError(f"no good checkpoint in {ckpt_dir}; hint: --run_name NEW starts again beside it")
+    return None
+
+
+def load_optimizer(path: Path, model: GPT, optimizer: torch.optim.Optimizer):
+    """Put the stored moments back, on the device of their parameters."""
+    stored = load_file(path / "optimizer.safetensors")
+    for name, p in model.named_parameters():
+        values = {key.removeprefix(f"{name}."): value for key, value in stored.items() if key.rpartition(".")[0] == name}
+        optimizer.state[p] = {key: value if key == "step" and not p.is_cuda else value.to(p.device) for key, value in values.items()}
+
+
+def load_model(path: Path, block_size: int | None = None) -> GPT:
+    """The model of a checkpoint, on the CPU, rebuilt from the config stored with it."""
+    state = read_state(path)
+    model = GPT(GPTConfig(**state["gpt_config"]))
+    load_weights(path, model)
+    return model
+
+
+def load_weights(path: Path, model: GPT):
+    """Weights of a checkpoint into a model of the same shape. Raises UserError where the shapes differ."""
+    try:
+        model.load_state_dict(load_file(path / "model.safetensors"))
+    except (RuntimeError, SafetensorError) as e:
+        raise UserError(f"{path} does not fit this model: {' '.join(str(e).split())[:200]}; hint: same model settings as in its state.json")
+
+
+def prune(ckpt_dir: Path, keep_last: int, best: str | None):
+    """Delete all but the newest keep_last checkpoints and the best one (its directory name)."""
+    for path in steps(ckpt_dir)[:-keep_last]:
+        if path.name != best:
+            shutil.rmtree(path)
+
+
+def find(where: str) -> Path:
+    """The checkpoint meant by a path: itself, the newest of a run directory, or of a directory of checkpoints.
+
+    Raises UserError when there is none.
+    """
+    path = Path(where)
+    if (path / "state.json").exists():
+        return path
+    for ckpt_dir in (path / "ckpt", path):
+        if steps(ckpt_dir):
+            return newest(ckpt_dir)[0]
+    raise UserError(f"no checkpoint in {where}; hint: a run directory (log/NAME), or a step_NNNNNN directory in it")

@@ -1,0 +1,194 @@
+"""GPT-2 in plain PyTorch, with RoPE and SwiGLU as switches.
+
+The model of "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019) without dropout:
+pre-norm blocks, biases, learned positions, tanh-GELU, output head tied to the token embedding.
+
+Letters in the shape comments:
+    B  sequences in a micro-batch     C  n_embd, width of the residual stream     V  vocab_size (rows, padded)
+    T  tokens in a sequence           H  n_head, attention heads                  D  C / H, width of a head
+
+Depends on torch alone. Data, optimisers and Hugging Face live elsewhere (shards.py, optim.py, hf.py).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Everything that decides the shape of the network; stored with each checkpoint, which rebuilds from it."""
+
+    block_size: int = 1024  # longest sequence the model accepts, tokens
+    vocab_size: int = 50304  # rows of the embedding: GPT-2's 50,257 ids padded to a multiple of 128 (faster matmuls)
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    use_rope: bool = False  # rotary positions in each attention layer instead of a learned table at the input
+    use_swiglu: bool = False  # gated MLP of width 8/3 C instead of the tanh-GELU MLP of width 4 C (same parameters)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# rotary position embedding
+
+
+def rope_tables(T: int, head_dim: int, device, base: float = 10000.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of RoPE (Su et al. 2021) for positions 0..T-1, each (T, D/2), float32.
+
+    Pair i turns by base**(-2i/D) radians per position. Computed in each forward pass (a few microseconds beside
+    milliseconds of matmul, and free once compiled) so that no buffer has to be stored, moved or resized.
+    """
+    freq = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)  # (D/2,)
+    angle = torch.arange(T, device=device, dtype=torch.float32)[:, None] * freq[None, :]  # (T, D/2)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn x (B, H, T, D) by position: element i pairs with i + D/2 ("rotate half", the GPT-NeoX and Llama layout).
+
+    The turn is computed in float32 and returned in x's own type: bf16 angles lose whole positions beyond T = 256.
+    """
+    x1, x2 = x.float().chunk(2, dim=-1)  # (B, H, T, D/2) each
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the parts of a block
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention; one fused matrix for q, k and v, as published."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, rope):
+        B, T, C = x.shape
+        q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in self.c_attn(x).split(C, dim=2))  # (B, H, T, D)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class GeluMLP(nn.Module):
+    """C -> 4C -> C with the tanh form of GELU: GPT-2 was trained with it, and the exact form gives other logits."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class SwiGLU(nn.Module):
+    """silu(x W_gate) * (x W_fc), then W_proj (Shazeer 2020). Three matrices of width 8/3 C hold what two of 4 C do.
+
+    The width is rounded up to a multiple of 8 for the tensor cores: 768 gives exactly 2,048.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        hidden = 8 * math.ceil(config.n_embd / 3)
+        self.c_gate = nn.Linear(config.n_embd, hidden)
+        self.c_fc = nn.Linear(config.n_embd, hidden)
+        self.c_proj = nn.Linear(hidden, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.silu(self.c_gate(x)) * self.c_fc(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = SwiGLU(config) if config.use_swiglu else GeluMLP(config)
+
+    def forward(self, x, rope):
+        x = x + self.attn(self.ln_1(x), rope)
+        return x + self.mlp(self.ln_2(x))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the model
+
+
+class GPT(nn.Module):
+    """GPT-2. Parameters start from the global torch generator: call torch.manual_seed first.
+
+    The head has no weight of its own (it reads wte), and there are no buffers, so state_dict() holds each number once.
+    Raises ValueError when n_embd does not divide into n_head heads (of even width, for RoPE).
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        if config.n_embd % config.n_head or (config.use_rope and config.n_embd // config.n_head % 2):
+            raise ValueError(f"n_embd {config.n_embd} does not divide into n_head {config.n_head} heads"
+                             + " of even width" * config.use_rope)
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        if not config.use_rope:
+            self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif name.endswith("c_proj.weight"):
+                # GPT-2 paper, section 2.3: 1/sqrt(N) on the N = 2 n_layer layers that add to the residual stream,
+                # so that its variance at the top does not grow with depth
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+
+    def trunk(self, idx: torch.Tensor) -> torch.Tensor:
+        """Token ids (B, T) to the normalised residual stream (B, T, C), ready for the head."""
+        B, T = idx.shape
+        if T > self.config.block_size:
+            raise ValueError(f"sequence of {T} tokens exceeds block_size {self.config.block_size}")
+        x = self.wte(idx)  # (B, T, C)
+        if self.config.use_rope:
+            rope = rope_tables(T, self.config.n_embd // self.config.n_head, idx.device)
+        else:
+            rope, x = None, x + self.wpe.weight[:T]
+        for block in self.h:
+            x = block(x, rope)
+        return self.ln_f(x)
+
+    def head(self, x: torch.Tensor) -> torch.Tensor:
+        """Residual stream (..., C) to logits (..., V), through the embedding matrix (tied head)."""
+        return F.linear(x, self.wte.weight)
+
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, reduction: str = "mean") -> torch.Tensor:
+        """Loss in nats when targets (B, T) are given, otherwise logits (B, T, V).
+
+        Targets of -1 do not count. reduction as in F.cross_entropy; "none" gives (B, T). Never both loss and logits:
+        at B = 64, T = 1024 the logits are 6.6 GB in bf16, and returning them keeps the compiler from fusing them away.
+        """
+        logits = self.head(self.trunk(idx))  # (B, T, V)
+        if targets is None:
+            return logits
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=reduction)
+        return loss.view_as(targets) if reduction == "none" else loss
+
+    def num_params(self) -> int:
+        """All parameters, the tied head once: 124.48M for the default configuration."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, T: int) -> float:
+        """Floating-point operations of one training token, forward and backward: 6 N + 12 L C T (PaLM, appendix B).
+
+        N counts the parameters that take part in a matmul: the tied head does, the look-ups in wte and wpe do not.
+        """
+        N = self.wte.weight.numel() + sum(p.numel() for b in self.h for p in b.parameters() if p.dim() == 2)
+        return 6 * N + 12 * self.config.n_layer * self.config.n_embd * T
