@@ -203,6 +203,11 @@ def problems(cfg: TrainConfig, world_size: int) -> list[str]:
     return wrong
 
 
+def one_line(e: Exception) -> str:
+    """An exception as part of a message."""
+    return f"{type(e).__name__}: {' '.join(str(e).split())[:160]}"
+
+
 def command_line(main: Callable[[], None]):
     """Run a script's main function: mistakes of the user end in one line and status 2, bugs in their traceback."""
     try:

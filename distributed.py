@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from config import UserError
+from config import UserError, one_line
 
 
 class World(NamedTuple):
@@ -79,3 +79,11 @@ def autocast_dtype(device: torch.device, wanted: str) -> torch.dtype:
         flags = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
         native = device.type == "cpu" and any(getattr(torch.cpu, flag, bool)() for flag in flags)
     return torch.bfloat16 if native else torch.float32
+
+
+def compile_error(device: torch.device) -> str | None:
+    """Why torch.compile cannot build a kernel here, or None: it needs a C++ compiler on the CPU, Triton on a GPU."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
+    except Exception as e:  # each backend has its own
+        return one_line(e)

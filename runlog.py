@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from config import one_line
+
 
 def environment(device: torch.device, world_size: int) -> dict:
     """What a figure depends on beside the settings: versions, hardware, the commit, the command."""
@@ -92,10 +94,6 @@ def keeps(line: str, resume_step: int) -> bool:
     except ValueError:  # a line cut off by a crash
         return False
     return record["step"] < resume_step or (record["step"] == resume_step > 0 and "val/loss" not in record)
-
-
-def one_line(e: Exception) -> str:
-    return f"{type(e).__name__}: {' '.join(str(e).split())[:160]}"
 
 
 def start_wandb(mode: str, project: str, name: str, config: dict, run_id: str | None, run_dir: Path, say):

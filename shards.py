@@ -9,10 +9,10 @@ endless sequence of epochs, G = total_batch / T; each process takes its part of 
 same global batches on any number of GPUs, the loader's whole state is the step, and no window is lost or repeated.
 """
 
-import glob
 import hashlib
 import json
 import os
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -63,7 +63,8 @@ def open_shards(root: str, split: str, T: int) -> list[Shard]:
 
     Raises UserError listing all that is wrong: no shards, unreadable ones, both formats, a shard too short for a window.
     """
-    paths = sorted(glob.glob(os.path.join(glob.escape(root), f"*{split}*.npy")) + glob.glob(os.path.join(glob.escape(root), f"*{split}*.bin")))
+    word = re.compile(rf"(?<![a-z]){split}(?![a-z])")  # "val" as a word: not that of retrieval_train_000000.npy
+    paths = sorted(str(p) for p in Path(root).glob("*") if p.suffix in (".npy", ".bin") and word.search(p.name))
     if not paths:
         raise UserError(f"no {split} shards (*{split}*.npy or .bin) in {root}; hint: python prepare.py files YOUR.txt --out {root}")
     if len({os.path.splitext(p)[1] for p in paths}) > 1:

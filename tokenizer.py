@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
+from config import UserError
+
 EOT = 50256  # <|endoftext|>: stands before each document, and is the only special token
 N_VOCAB = 50257  # ids that exist; the model's vocab_size is padded beyond it
 
@@ -33,12 +35,12 @@ def byte_alphabet() -> dict[str, int]:
 def merge_ranks(path: Path = VOCAB_BPE) -> dict[bytes, int]:
     """Token bytes to id for the 50,256 ordinary tokens: 256 bytes, then one token per line of the merge table.
 
-    Raises ValueError when the file is not the published table (SHA-256).
+    Raises UserError when the file is not the published table (SHA-256).
     """
     raw = path.read_bytes()
     if (found := hashlib.sha256(raw).hexdigest()) != VOCAB_BPE_SHA256:
-        raise ValueError(f"{path} has SHA-256 {found[:12]}..., expected {VOCAB_BPE_SHA256[:12]}...; "
-                         "hint: git checkout data/vocab.bpe")
+        raise UserError(f"{path} has SHA-256 {found[:12]}..., expected {VOCAB_BPE_SHA256[:12]}...; "
+                        "hint: git checkout data/vocab.bpe")
     alphabet = byte_alphabet()
     ranks = {bytes([b]): i for i, b in enumerate(alphabet.values())}
     for line in raw.decode("utf-8").splitlines()[1:]:  # the first line is a version comment

