@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from config import UserError
+from config import UserError, one_line
 from model import GPT, GPTConfig
 from shards import sha256
 
@@ -34,8 +34,8 @@ def save(ckpt_dir: Path, step: int, model: GPT, optimizer: torch.optim.Optimizer
     names = {p: name for name, p in model.named_parameters()}
     moments = {f"{names[p]}.{key}": value for p, values in optimizer.state.items() for key, value in values.items()}
     save_file(moments, temporary / "optimizer.safetensors")
-    state = state | dict(format=FORMAT, step=step, gpt_config=dataclasses.asdict(model.config), torch=str(torch.__version__),
-                         sha256={f.name: sha256(f) for f in sorted(temporary.iterdir())})
+    state = state | dict(format=FORMAT, step=step, gpt_config=dataclasses.asdict(model.config),
+                         torch=str(torch.__version__), sha256={f.name: sha256(f) for f in sorted(temporary.iterdir())})
     (temporary / "state.json").write_text(json.dumps(state, indent=1))
     for path in [*temporary.iterdir(), temporary]:
         fsync(path)
@@ -60,7 +60,8 @@ def read_state(path: Path) -> dict:
     try:
         state = json.loads((path / "state.json").read_text())
         if state["format"] != FORMAT:
-            raise UserError(f"{path} has checkpoint format {state['format']}, expected {FORMAT}; hint: use the version that wrote it")
+            raise UserError(f"{path} has checkpoint format {state['format']}, expected {FORMAT}; "
+                            "hint: use the version that wrote it")
         for name, expected in state["sha256"].items():
             if os.path.basename(name) != name or (found := sha256(path / name)) != expected:
                 raise UserError(f"{path / name} is damaged: SHA-256 {found[:12]}..., expected {expected[:12]}...; "
@@ -91,14 +92,16 @@ def newest(ckpt_dir: Path, say=print) -> tuple[Path, dict] | None:
 
 
 def load_optimizer(path: Path, model: GPT, optimizer: torch.optim.Optimizer):
-    """Put the stored moments back, on the device of their parameters."""
-    stored = load_file(path / "optimizer.safetensors")
-    for name, p in model.named_parameters():
-        values = {key.removeprefix(f"{name}."): value for key, value in stored.items() if key.rpartition(".")[0] == name}
-        optimizer.state[p] = {key: value if key == "step" and not p.is_cuda else value.to(p.device) for key, value in values.items()}
+    """Put the stored moments back, where AdamW keeps them: with their parameters, the step count of the unfused one (MPS)
+    on the CPU."""
+    params = dict(model.named_parameters())
+    for key, value in load_file(path / "optimizer.safetensors").items():
+        name, _, moment = key.rpartition(".")
+        on_cpu = moment == "step" and params[name].device.type not in ("cpu", "cuda")
+        optimizer.state[params[name]][moment] = value if on_cpu else value.to(params[name].device)
 
 
-def load_model(path: Path, block_size: int | None = None) -> GPT:
+def load_model(path: Path) -> GPT:
     """The model of a checkpoint, on the CPU, rebuilt from the config stored with it."""
     state = read_state(path)
     model = GPT(GPTConfig(**state["gpt_config"]))
@@ -111,7 +114,7 @@ def load_weights(path: Path, model: GPT):
     try:
         model.load_state_dict(load_file(path / "model.safetensors"))
     except (RuntimeError, SafetensorError) as e:
-        raise UserError(f"{path} does not fit this model: {' '.join(str(e).split())[:200]}; hint: same model settings as in its state.json")
+        raise UserError(f"{path} does not fit this model: {one_line(e)}; hint: same model settings as in its state.json")
 
 
 def prune(ckpt_dir: Path, keep_last: int, best: str | None):

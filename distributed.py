@@ -50,13 +50,15 @@ def setup(wanted_device: str) -> World:
     if device.type == "cpu":
         keep_freed_memory()
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
+        on_gpu = device.type == "cuda"
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     return World(rank, world_size, device)
 
 
 def all_sum(values: torch.Tensor) -> torch.Tensor:
-    """Sum over all processes, in place; without torchrun the values as they are."""
+    """Sum over all processes, on the device that the process group works on; without torchrun the values as they are."""
     if dist.is_initialized():
+        values = values.cuda() if dist.get_backend() == "nccl" else values
         dist.all_reduce(values)
     return values
 

@@ -18,7 +18,8 @@ from tokenizer import EOT, N_VOCAB, gpt2
 
 
 @torch.no_grad()
-def sample(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: float, top_k: int, generator: torch.Generator) -> torch.Tensor:
+def sample(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: float, top_k: int,
+           generator: torch.Generator) -> torch.Tensor:
     """Append max_new_tokens sampled ids to idx (B, T). temperature 0 takes the likeliest; top_k 0 takes all ids.
 
     Beyond the block size the model sees the newest block_size tokens. Ids that pad the vocabulary are never drawn.
@@ -37,7 +38,8 @@ def sample(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: floa
     return idx
 
 
-def sample_texts(model: GPT, prompt: str, n: int, max_new_tokens: int, temperature: float = 1.0, top_k: int = 50, seed: int = 42) -> list[str]:
+def sample_texts(model: GPT, prompt: str, n: int, max_new_tokens: int, temperature: float = 1.0, top_k: int = 50,
+                 seed: int = 42) -> list[str]:
     """n continuations of a prompt, prompt included, each cut at its first <|endoftext|>. A function of the arguments.
 
     An empty prompt means the beginning of a document.
@@ -70,8 +72,8 @@ def load(where: str) -> GPT:
     return hf.from_pretrained(where)
 
 
-def main(model: str = "", prompt: str = "\n", n: int = 1, max_new_tokens: int = 200, temperature: float = 1.0, top_k: int = 50,
-         seed: int = 42, device: str = "auto"):
+def main(model: str = "", prompt: str = "\n", n: int = 1, max_new_tokens: int = 200, temperature: float = 1.0,
+         top_k: int = 50, seed: int = 42, device: str = "auto"):
     """Sample from a trained model.
 
     Args:
@@ -84,10 +86,10 @@ def main(model: str = "", prompt: str = "\n", n: int = 1, max_new_tokens: int = 
         seed: same seed, same text
         device: auto, cuda, mps or cpu
     """
-    wrong = [f"{name} is {value}, must be {rule}; hint: --{name}" for name, value, ok, rule in (
-        ("n", n, n > 0, "above 0"), ("max_new_tokens", max_new_tokens, max_new_tokens > 0, "above 0"),
-        ("temperature", temperature, temperature >= 0, "0 or more"), ("top_k", top_k, 0 <= top_k <= N_VOCAB, f"0 to {N_VOCAB}")) if not ok]
-    if wrong:
+    rules = (("n", n, n > 0, "above 0"), ("max_new_tokens", max_new_tokens, max_new_tokens > 0, "above 0"),
+             ("temperature", temperature, temperature >= 0, "0 or more"),
+             ("top_k", top_k, 0 <= top_k <= N_VOCAB, f"0 to {N_VOCAB}"))
+    if wrong := [f"{name} is {value}, must be {rule}; hint: --{name}" for name, value, ok, rule in rules if not ok]:
         raise UserError("; ".join(wrong))
     where = model or newest_run()
     gpt = load(where).to(pick_device(device)).eval()

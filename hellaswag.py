@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from config import UserError, command_line
+from config import UserError, command_line, one_line
 from distributed import World, all_sum, autocast_dtype, pick_device
 from tokenizer import gpt2
 
@@ -27,7 +27,8 @@ def load(path: Path, limit: int, say=print) -> list[dict] | None:
     """
     path = next((p for p in (Path(path), Path(f"{path}.gz")) if p.exists()), None)
     if path is None:
-        say(f"hellaswag | skipped: no {DATA.name}; hint: put the validation set (github.com/rowanz/hellaswag) at data/{DATA.name}")
+        say(f"hellaswag | skipped: its data is not there; hint: put the validation set (github.com/rowanz/hellaswag) at "
+            f"data/{DATA.name}, or --hellaswag_limit 0")
         return None
     encode = gpt2().encode_ordinary
     try:
@@ -35,9 +36,10 @@ def load(path: Path, limit: int, say=print) -> list[dict] | None:
             raw = [json.loads(line) for line in f]
         n = min(limit or len(raw), len(raw))
         chosen = [raw[i * len(raw) // n] for i in range(n)]
-        return [dict(ctx=encode(item["ctx"]), endings=[encode(" " + e) for e in item["endings"]], label=int(item["label"])) for item in chosen]
+        return [dict(ctx=encode(item["ctx"]), endings=[encode(" " + e) for e in item["endings"]], label=int(item["label"]))
+                for item in chosen]
     except (ValueError, KeyError, TypeError, EOFError, OSError) as e:
-        raise UserError(f"{path} is not HellaSwag's jsonl ({type(e).__name__}: {e}); hint: remove it, or --hellaswag_limit 0")
+        raise UserError(f"{path} is not HellaSwag's jsonl ({one_line(e)}); hint: remove it, or --hellaswag_limit 0")
 
 
 @torch.no_grad()
@@ -47,7 +49,8 @@ def evaluate(model, items: list[dict], world: World, autocast, batch_items: int 
     Rows of similar length go together, padded on the right: causal attention never looks there.
     """
     right = torch.zeros(2, dtype=torch.float64)
-    mine = sorted(items[world.rank::world.world_size], key=lambda item: len(item["ctx"]) + max(map(len, item["endings"])))
+    longest = lambda item: len(item["ctx"]) + max(map(len, item["endings"]))
+    mine = sorted(items[world.rank::world.world_size], key=longest)
     for at in range(0, len(mine), batch_items):
         batch = mine[at: at + batch_items]
         rows = [(item["ctx"], ending) for item in batch for ending in item["endings"]]
@@ -63,9 +66,9 @@ def evaluate(model, items: list[dict], world: World, autocast, batch_items: int 
         for item, total in zip(batch, nats.view(-1, 4)):
             lengths = torch.tensor([len(e) for e in item["endings"]])
             right += torch.tensor([total.argmin() == item["label"], (total / lengths).argmin() == item["label"]])
-    counts = all_sum(right.to(torch.float32).to(world.device)).tolist()  # whole numbers below 2**24: exact
-    acc, acc_norm = (c / len(items) for c in counts)
-    return dict(protocol="gpt2", acc=acc, acc_norm=acc_norm, se=(acc_norm * (1 - acc_norm) / len(items)) ** 0.5, items=len(items))
+    acc, acc_norm = (all_sum(right) / len(items)).tolist()
+    return dict(protocol="gpt2", acc=acc, acc_norm=acc_norm, se=(acc_norm * (1 - acc_norm) / len(items)) ** 0.5,
+                items=len(items))
 
 
 def main(model: str = "", limit: int = 0, data: str = str(DATA), device: str = "auto", dtype: str = "auto"):
@@ -85,7 +88,8 @@ def main(model: str = "", limit: int = 0, data: str = str(DATA), device: str = "
     world = World(0, 1, pick_device(device))
     gpt = generate.load(model or generate.newest_run()).to(world.device)
     kind = autocast_dtype(world.device, dtype)
-    print(json.dumps(evaluate(gpt, items, world, lambda: torch.autocast(world.device.type, dtype=kind, enabled=kind != torch.float32))))
+    autocast = lambda: torch.autocast(world.device.type, dtype=kind, enabled=kind != torch.float32)
+    print(json.dumps(evaluate(gpt, items, world, autocast)))
 
 
 if __name__ == "__main__":

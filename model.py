@@ -70,7 +70,8 @@ class Attention(nn.Module):
 
     def forward(self, x, rope):
         B, T, C = x.shape
-        q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in self.c_attn(x).split(C, dim=2))  # (B, H, T, D)
+        heads = lambda z: z.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
+        q, k, v = map(heads, self.c_attn(x).split(C, dim=2))
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)

@@ -1,5 +1,6 @@
 """Records of a run: the console line, metrics.jsonl, curves.png, and Weights & Biases when wanted."""
 
+import dataclasses
 import json
 import os
 import platform
@@ -18,8 +19,8 @@ def environment(device: torch.device, world_size: int) -> dict:
                             text=True).stdout.strip() if (Path(__file__).parent / ".git").exists() else ""
     return dict(commit=commit, command=" ".join(sys.argv), python=platform.python_version(), torch=torch.__version__,
                 cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(), platform=platform.platform(),
-                device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores",
-                threads=torch.get_num_threads(), world_size=world_size)
+                device=torch.cuda.get_device_name(device) if device.type == "cuda"
+                else f"{device.type}, {os.cpu_count()} cores", threads=torch.get_num_threads(), world_size=world_size)
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -96,17 +97,18 @@ def keeps(line: str, resume_step: int) -> bool:
     return record["step"] < resume_step or (record["step"] == resume_step > 0 and "val/loss" not in record)
 
 
-def start_wandb(mode: str, project: str, name: str, config: dict, run_id: str | None, run_dir: Path, say):
+def start_wandb(cfg, run_id: str | None, run_dir: Path, say):
     """A W&B run, or None. "auto" goes online only when logged in, without asking; failures are told in one line.
 
     The key is looked for in the environment and in .netrc only: wandb itself would prompt, or wait 90 s for its server.
     """
-    if mode == "off" or (mode == "auto" and not wandb_logged_in()):
+    if cfg.wandb == "off" or (cfg.wandb == "auto" and not wandb_logged_in()):
         return None
     try:
         import wandb
-        run = wandb.init(project=project, name=name, id=run_id, resume="allow" if run_id else None, dir=run_dir, config=config,
-                         mode="offline" if mode == "offline" else "online", settings=wandb.Settings(init_timeout=20, silent=True))
+        run = wandb.init(project=cfg.wandb_project, name=cfg.run_name, id=run_id, resume="allow" if run_id else None,
+                         dir=run_dir, config=dataclasses.asdict(cfg), mode="offline" if cfg.wandb == "offline" else "online",
+                         settings=wandb.Settings(init_timeout=20, silent=True))
         say(f"wandb | {run.url or 'offline, in ' + str(run_dir / 'wandb')}")
         return run
     except Exception as e:
@@ -116,7 +118,7 @@ def start_wandb(mode: str, project: str, name: str, config: dict, run_id: str | 
 
 def wandb_logged_in() -> bool:
     netrc = Path(os.environ.get("NETRC", Path.home() / (".netrc" if os.name != "nt" else "_netrc")))
-    return bool(os.environ.get("WANDB_API_KEY")) or (netrc.exists() and "api.wandb.ai" in netrc.read_text(errors="replace"))
+    return bool(os.environ.get("WANDB_API_KEY")) or netrc.exists() and "api.wandb.ai" in netrc.read_text(errors="replace")
 
 
 def read_metrics(run_dir: Path) -> list[dict]:
@@ -140,10 +142,12 @@ def curves(run_dir: Path):
     if val:
         left.plot(*zip(*val), "o-", color="#08519c", markersize=3, label=f"validation, last {val[-1][1]:.4f}")
     if bigram:
-        left.axhline(bigram[-1][1], color="#d95f0e", linestyle="--", linewidth=1, label=f"bigram model {bigram[-1][1]:.4f}")
+        left.axhline(bigram[-1][1], color="#d95f0e", linestyle="--", linewidth=1,
+                     label=f"bigram model {bigram[-1][1]:.4f}")
     low = min(v for _, v in train + val) if train + val else 0
     high = max(v for _, v in train + val) if train + val else 1
-    left.set(title=Path(run_dir).name, xlabel="step (optimiser updates)", ylabel="loss (nats per token)", ylim=(low - 0.1, min(high, low + 3.5) + 0.1))
+    left.set(title=Path(run_dir).name, xlabel="step (optimiser updates)", ylabel="loss (nats per token)",
+             ylim=(low - 0.1, min(high, low + 3.5) + 0.1))
     left.legend(frameon=False)
     if hella:
         axes[0][1].plot(*zip(*hella), "o-", color="#08519c", markersize=3)

@@ -51,8 +51,8 @@ def merge_ranks(path: Path = VOCAB_BPE) -> dict[bytes, int]:
 @functools.cache
 def gpt2() -> tiktoken.Encoding:
     """The tiktoken Encoding of GPT-2: ids equal those of tiktoken.get_encoding("gpt2")."""
-    return tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=merge_ranks(), special_tokens={"<|endoftext|>": EOT},
-                             explicit_n_vocab=N_VOCAB)
+    return tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=merge_ranks(),
+                             special_tokens={"<|endoftext|>": EOT}, explicit_n_vocab=N_VOCAB)
 
 
 def token_bytes() -> np.ndarray:

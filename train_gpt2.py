@@ -8,9 +8,11 @@ on the four H100 of the published runs, and the same without peer-to-peer copies
     torchrun --standalone --nproc_per_node=4 train_gpt2.py gpt2-rope
     NCCL_P2P_DISABLE=1 torchrun --standalone --nproc_per_node=4 train_gpt2.py gpt2-rope
 on two machines of eight (run on both, node_rank 0 and 1):
-    torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=29500 train_gpt2.py gpt2-rope
+    torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=29500 \\
+        train_gpt2.py gpt2-rope
 on CPUs, two processes, a few steps:
-    torchrun --standalone --nproc_per_node=2 train_gpt2.py gpt2-rope --device cpu --B 2 --T 512 --total_batch 2048 --max_steps 5
+    torchrun --standalone --nproc_per_node=2 train_gpt2.py gpt2-rope --device cpu --B 2 --T 512 --total_batch 2048 \\
+        --max_steps 5
 Continue an interrupted run: the same command again. Start anew beside it: --run_name NAME. Fine-tune: --init_from gpt2.
 Evaluate a checkpoint: --eval_only True --init_from log/gpt2-rope. See what would run: --dry_run True.
 
@@ -46,9 +48,10 @@ from model import GPT, GPTConfig
 from tokenizer import N_VOCAB, gpt2, token_bytes
 
 # Settings that a resumed run may change: they do not alter what is learned.
-FREE_ON_RESUME = {"B", "device", "use_compile", "log_interval", "eval_interval", "save_interval", "keep_last", "val_tokens",
-                  "hellaswag_limit", "n_samples", "sample_tokens", "sample_prompt", "data_root", "log_dir", "ckpt_dir",
-                  "run_name", "resume", "wandb", "wandb_project", "batch_hashes", "eval_only", "dry_run"}
+FREE_ON_RESUME = {"B", "device", "use_compile", "log_interval", "eval_interval", "save_interval", "keep_last",
+                  "val_tokens", "hellaswag_limit", "n_samples", "sample_tokens", "sample_prompt", "data_root",
+                  "log_dir", "ckpt_dir", "run_name", "resume", "wandb", "wandb_project", "batch_hashes", "eval_only",
+                  "dry_run"}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -62,8 +65,9 @@ def open_data(cfg, world: World, say):
             import prepare
             prepare.shakespeare(cfg.data_root)
         barrier()
-    train = shards.Windows(shards.open_shards(cfg.data_root, "train", cfg.T), cfg.T, cfg.data_order, cfg.data_seed, cfg.vocab_size)
-    val = shards.Windows(shards.open_shards(cfg.data_root, "val", cfg.T), cfg.T, vocab_size=cfg.vocab_size)
+    files = {split: shards.open_shards(cfg.data_root, split, cfg.T) for split in ("train", "val")}
+    train = shards.Windows(files["train"], cfg.T, cfg.data_order, cfg.data_seed, cfg.vocab_size)
+    val = shards.Windows(files["val"], cfg.T, vocab_size=cfg.vocab_size)
     if cfg.epochs is not None:
         whole, part = int(cfg.epochs), cfg.epochs % 1
         windows = sum(train.per_epoch(e) for e in range(whole)) + part * train.per_epoch(whole)
@@ -73,7 +77,7 @@ def open_data(cfg, world: World, say):
         for note in [f"{cfg.epochs:g} epochs are {steps} steps"] + notes:
             say(f"config | {note}")
     step_windows, per_epoch = cfg.total_batch // cfg.T, train.per_epoch()
-    say(f"data | {cfg.data_root} | train {train.sizes.sum():,} tokens in {len(train.shards)} shards, {per_epoch:,} windows | "
+    say(f"data | {cfg.data_root} | train {train.sizes.sum():,} tokens, shards: {len(train.shards)}, {per_epoch:,} windows | "
         f"{cfg.max_steps * step_windows / per_epoch:.2f} epochs, {cfg.data_order} order | "
         f"val {min(cfg.val_tokens, val.per_epoch() * cfg.T):,} of {val.sizes.sum():,} tokens")
     return train, val, cfg
@@ -95,9 +99,11 @@ def build_model(cfg, say) -> GPT:
         say(f"model | weights and shape from {cfg.init_from}")
     else:
         torch.manual_seed(cfg.seed)
-        model = GPT(GPTConfig(cfg.block_size, cfg.vocab_size, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.use_rope, cfg.use_swiglu))
+        model = GPT(GPTConfig(cfg.block_size, cfg.vocab_size, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.use_rope,
+                              cfg.use_swiglu))
     if cfg.T > model.config.block_size:
-        raise UserError(f"T {cfg.T} exceeds the model's block_size {model.config.block_size}; hint: --T {model.config.block_size}")
+        raise UserError(f"T {cfg.T} exceeds the model's block_size {model.config.block_size}; "
+                        f"hint: --T {model.config.block_size}")
     return model
 
 
@@ -109,7 +115,8 @@ class Evaluator:
     """All that is measured between steps: validation loss, HellaSwag, samples. Identical on any number of processes."""
 
     def __init__(self, cfg, model, eval_model, val: shards.Windows, world: World, autocast, say):
-        self.cfg, self.model, self.eval_model, self.val, self.world, self.autocast, self.say = cfg, model, eval_model, val, world, autocast, say
+        self.cfg, self.model, self.eval_model, self.val = cfg, model, eval_model, val
+        self.world, self.autocast, self.say = world, autocast, say
         self.hella = hellaswag.load(hellaswag.DATA, cfg.hellaswag_limit, say) if cfg.hellaswag_limit else None
         self.token_bytes = token_bytes()
 
@@ -117,19 +124,20 @@ class Evaluator:
     def __call__(self, step: int) -> dict:
         """One record: val/loss (nats per token), val/bpb (bits per byte), val/hella_norm and its standard error."""
         t0, cfg, device = time.perf_counter(), self.cfg, self.world.device
-        total = torch.zeros(3, dtype=torch.float64, device="cpu")  # nats, tokens, bytes
+        total = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
         for x, y in shards.val_batches(self.val, cfg.val_tokens, cfg.B, self.world.rank, self.world.world_size, device):
             with self.autocast():
                 nats = self.eval_model(x, y, "sum")
             y = y[y >= 0].cpu().numpy()
             total += torch.tensor([nats.item(), len(y), self.token_bytes[y[y < N_VOCAB]].sum()])
-        nats, tokens, n_bytes = all_sum(total.to(device if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu")).tolist()
+        nats, tokens, n_bytes = all_sum(total).tolist()
         record = {"step": step, "val/loss": nats / tokens, "val/bpb": nats / math.log(2) / n_bytes if n_bytes else None}
         line = f"step {step} | val loss {nats / tokens:.4f} | bits per byte {record['val/bpb'] or float('nan'):.4f}"
         if self.hella:
             result = hellaswag.evaluate(self.model, self.hella, self.world, self.autocast)
             record |= {"val/hella_norm": result["acc_norm"], "val/hella_se": result["se"]}
-            line += f" | HellaSwag acc_norm {result['acc_norm']:.4f} +- {result['se']:.4f} ({result['items']} items, gpt2 protocol)"
+            line += (f" | HellaSwag acc_norm {result['acc_norm']:.4f} +- {result['se']:.4f} "
+                     f"({result['items']} items, {result['protocol']} protocol)")
         record["eval_ms"] = (time.perf_counter() - t0) * 1e3
         self.say(f"{line} | {record['eval_ms'] / 1e3:.1f} s")
         return record
@@ -140,7 +148,8 @@ class Evaluator:
         if not cfg.n_samples or not cfg.sample_tokens or self.model.config.vocab_size < N_VOCAB or self.world.rank != 0:
             return
         with self.autocast():
-            texts = generate.sample_texts(self.model, cfg.sample_prompt, cfg.n_samples, cfg.sample_tokens, seed=cfg.seed * 1_000_003 + step)
+            texts = generate.sample_texts(self.model, cfg.sample_prompt, cfg.n_samples, cfg.sample_tokens,
+                                          seed=cfg.seed * 1_000_003 + step)
         for i, text in enumerate(texts):
             self.say(f"step {step} | sample {i} | " + (text if "\n" not in text else f"\n{text.strip()}\n"))
         if path is not None:
@@ -155,19 +164,22 @@ class Evaluator:
 def open_run(cfg, run_dir: Path, ckpt_dir: Path, say) -> tuple[Path, dict] | None:
     """The checkpoint to go on from and its state, or None for a fresh start. Never touches another run's files."""
     if cfg.resume == "never" and (run_dir / "config.json").exists():
-        raise UserError(f"{run_dir} holds a run already, --resume never would mix with it; hint: --run_name {cfg.run_name}-2")
+        raise UserError(f"{run_dir} holds a run already, --resume never would mix with it; "
+                        f"hint: --run_name {cfg.run_name}-2")
     if cfg.resume not in ("auto", "never"):
         path = checkpoint.find(cfg.resume)
         found = path, checkpoint.read_state(path)
     else:
         found = checkpoint.newest(ckpt_dir, say) if ckpt_dir.exists() else None
-    old = found[1]["config"] if found else json.loads((run_dir / "config.json").read_text()) if (run_dir / "config.json").exists() else None
+    old = found[1]["config"] if found else None
+    if not found and (run_dir / "config.json").exists():  # a run that ended before its first checkpoint
+        old = json.loads((run_dir / "config.json").read_text())
     if old is not None:
         new = json.loads(json.dumps(dataclasses.asdict(cfg)))  # tuples become lists, as in the file
         changed = [f"{k} {old.get(k)} -> {new[k]}" for k in new if k not in FREE_ON_RESUME and old.get(k) != new[k]]
         if changed:
-            raise UserError(f"{run_dir} holds a run with other settings ({', '.join(changed)}); hint: --run_name {cfg.run_name}-2 "
-                            "starts a new one beside it")
+            raise UserError(f"{run_dir} holds a run with other settings ({', '.join(changed)}); "
+                            f"hint: --run_name {cfg.run_name}-2 starts a new one beside it")
     return found
 
 
@@ -175,7 +187,7 @@ def finished(run_dir: Path, max_steps: int) -> bool:
     """Whether the run's last evaluation has been written."""
     if not (run_dir / "metrics.jsonl").exists():
         return False
-    return any(f'"step": {max_steps},' in line and '"val/loss"' in line for line in (run_dir / "metrics.jsonl").read_text().splitlines())
+    return any(r["step"] == max_steps and "val/loss" in r for r in runlog.read_metrics(run_dir))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -202,9 +214,10 @@ def main():
     run_dir = Path(cfg.log_dir) / cfg.run_name
     ckpt_dir = Path(cfg.ckpt_dir) if cfg.ckpt_dir else run_dir / "ckpt"
     found = open_run(cfg, run_dir, ckpt_dir, say) if not (cfg.eval_only and cfg.init_from) else None
-    if found and found[1]["step"] == cfg.max_steps and finished(run_dir, cfg.max_steps) and not cfg.eval_only and not cfg.dry_run:
-        say(f"already finished: {run_dir} has {cfg.max_steps} of {cfg.max_steps} steps; hint: --run_name {cfg.run_name}-2 starts anew, "
-            f"python generate.py --model {run_dir} samples from it")
+    trains = not (cfg.eval_only or cfg.dry_run)
+    if trains and found and found[1]["step"] == cfg.max_steps and finished(run_dir, cfg.max_steps):
+        say(f"already finished: {run_dir} has {cfg.max_steps} of {cfg.max_steps} steps; hint: --run_name {cfg.run_name}-2 "
+            f"starts anew, python generate.py --model {run_dir} samples from it")
         return
 
     # model
@@ -215,9 +228,10 @@ def main():
     torch.set_float32_matmul_precision("high")  # TF32 for the few float32 matmuls on a GPU; no effect on the CPU
     flops, peak = model.flops_per_token(cfg.T), runlog.peak_flops(world.device)
     micro_steps = cfg.total_batch // (cfg.B * cfg.T * world.world_size)
-    say(f"model | {model.num_params():,} parameters | {flops / 1e6:.1f} MFLOP a token | {world.world_size} x {world.device.type}, "
-        f"{str(dtype).removeprefix('torch.')}")
-    say(f"batch | {cfg.total_batch:,} tokens a step = {micro_steps} micro-steps x {cfg.B} rows x {cfg.T} tokens x {world.world_size} processes")
+    say(f"model | {model.num_params():,} parameters | {flops / 1e6:.1f} MFLOP a token | "
+        f"{world.world_size} x {world.device.type}, {str(dtype).removeprefix('torch.')}")
+    say(f"batch | {cfg.total_batch:,} tokens a step = micro-steps: {micro_steps} x rows: {cfg.B} x tokens: {cfg.T} x "
+        f"processes: {world.world_size}")
     if cfg.dry_run:
         say(json.dumps(dataclasses.asdict(cfg), indent=1))
         return
@@ -243,8 +257,8 @@ def main():
         start_step, best, wandb_id = found[1]["step"], found[1]["best"], found[1]["wandb_id"]
         checkpoint.load_optimizer(found[0], model, optimizer)
         if found[1]["data"] != shards.fingerprint(train):
-            raise UserError(f"{cfg.data_root} is not the data this run began with (fingerprint {shards.fingerprint(train)}, was "
-                            f"{found[1]['data']}); hint: restore it, or --run_name NEW --init_from {found[0]}")
+            raise UserError(f"{cfg.data_root} is not the data this run began with (fingerprint {shards.fingerprint(train)}, "
+                            f"was {found[1]['data']}); hint: restore it, or --run_name NEW --init_from {found[0]}")
         say(f"resume | step {start_step} from {found[0]}")
     wandb_run = None
     if world.rank == 0:
@@ -255,7 +269,7 @@ def main():
             (run_dir / "env.json").write_text(json.dumps(runlog.environment(world.device, world.world_size), indent=1))
         except OSError as e:
             raise UserError(f"cannot write to {run_dir}: {e.strerror}; hint: --log_dir and --ckpt_dir choose another place")
-        wandb_run = runlog.start_wandb(cfg.wandb, cfg.wandb_project, cfg.run_name, dataclasses.asdict(cfg), wandb_id, run_dir, say)
+        wandb_run = runlog.start_wandb(cfg, wandb_id, run_dir, say)
     log = runlog.RunLog(run_dir if world.rank == 0 else None, start_step, wandb_run)
     bigram = shards.bigram_loss(train, val, cfg.val_tokens) if world.rank == 0 else None
     if bigram is not None:
@@ -281,7 +295,8 @@ def main():
         saved = (last_step or step % cfg.save_interval == 0) and step > start_step
         if saved and world.rank == 0:
             t0 = time.perf_counter()
-            state = dict(config=dataclasses.asdict(cfg), best=best, wandb_id=getattr(wandb_run, "id", None), data=shards.fingerprint(train))
+            state = dict(config=dataclasses.asdict(cfg), best=best, wandb_id=getattr(wandb_run, "id", None),
+                         data=shards.fingerprint(train))
             path = checkpoint.save(ckpt_dir, step, model, optimizer, state)
             log.write({"step": step, "save_ms": (time.perf_counter() - t0) * 1e3})
             say(f"step {step} | saved {path} | {time.perf_counter() - t0:.1f} s")
@@ -331,28 +346,28 @@ def main():
         for r in records:
             log.write(r | {"dt_ms": dt * 1e3, "data_ms": waited / len(pending) * 1e3, "tok_s": tok_s, "mfu": mfu})
         r = records[-1]
-        say(f"step {r['step']}/{cfg.max_steps} | loss {r['train/loss']:.4f} | lr {r['train/lr']:.2e} | norm {r['train/norm']:.2f} | "
-            f"{dt * 1e3:.0f} ms | {tok_s:,.0f} tok/s{f' | mfu {mfu:.1%}' if mfu else ''} | {remaining(dt * (cfg.max_steps - done))} left")
+        say(f"step {done}/{cfg.max_steps} | loss {r['train/loss']:.4f} | lr {lr:.2e} | norm {r['train/norm']:.2f} | "
+            f"{dt * 1e3:.0f} ms | {tok_s:,.0f} tok/s{f' | mfu {mfu:.1%}' if mfu else ''} | "
+            f"{remaining(dt * (cfg.max_steps - done))} left")
         if not all(math.isfinite(r["train/loss"]) for r in records):
-            raise UserError(f"the loss is no longer finite at step {r['step']}; hint: a lower --max_lr, or resume from an older checkpoint")
+            raise UserError(f"the loss is no longer finite at step {done}; hint: a lower --max_lr, or --resume an older checkpoint")
         pending, clock, waited = [], time.perf_counter(), 0.0
 
     # clean-up
     loader.close()
     log.close()
-    if bigram is not None:
-        say(f"finished | val loss {record['val/loss']:.4f} against {bigram:.4f} of the bigram model | curves and checkpoint in {run_dir}")
-    else:
-        say(f"finished | val loss {record['val/loss']:.4f} | curves and checkpoint in {run_dir}")
+    say(f"finished | val loss {record['val/loss']:.4f}{f', bigram model {bigram:.4f}' if bigram else ''} | "
+        f"curves and checkpoint in {run_dir}")
 
 
 def fetch(pending: list, world: World) -> list[dict]:
     """Losses (mean over processes), norms and hashes of the steps since the last line, in one trip from the device."""
     losses = all_sum(torch.stack([p[2] for p in pending])) / world.world_size
     losses, norms = torch.stack([losses, torch.stack([p[3] for p in pending])]).tolist()
-    records = [{"step": p[0], "train/loss": loss, "train/lr": p[1], "train/norm": norm} for p, loss, norm in zip(pending, losses, norms)]
+    records = [{"step": p[0], "train/loss": loss, "train/lr": p[1], "train/norm": norm}
+               for p, loss, norm in zip(pending, losses, norms)]
     if any(p[4] for p in pending):  # --batch_hashes: sums modulo 2**64, added in halves so that nothing overflows
-        halves = all_sum(torch.tensor([[p[4] >> 32, p[4] & 0xFFFFFFFF] for p in pending], device=world.device)).tolist()
+        halves = all_sum(torch.tensor([[p[4] >> 32, p[4] & 0xFFFFFFFF] for p in pending])).tolist()
         for record, (high, low) in zip(records, halves):
             record["batch_hash"] = f"{((high << 32) + low) % 2**64:016x}"
     return records

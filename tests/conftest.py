@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: at tiny sizes a second thread only waits
+
 import numpy as np
 import pytest
 
@@ -48,7 +50,7 @@ def run(*args, nproc: int = 0, env: dict | None = None, timeout: int = 300, cwd:
     """`python args`, or torchrun with nproc gloo ranks, as a user would; output captured as text."""
     launch = [sys.executable] + (["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc else [])
     return subprocess.run([*launch, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=timeout,
-                          env=os.environ | {"OMP_NUM_THREADS": "1" if nproc else "2", "WANDB_MODE": "disabled"} | (env or {}))
+                          env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}))
 
 
 TINY = ("--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--T", "32", "--B", "4", "--total_batch", "512", "--val_tokens", "1024",
