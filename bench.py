@@ -3,6 +3,7 @@
     python bench.py step                                one training step, GPT-2 (124M), B = 4, T = 1024
     python bench.py step --size tiny --steps 20         in seconds
     python bench.py step --B 32 --device cuda
+    python bench.py loader                              random windows out of 10B tokens, and their index
 
 The two sides take turns (A B A B), so that whatever else the machine does meets both: the ratio travels, the absolute
 figures are this machine's at this hour. Each part prints a table, then one line of JSON with `ratio`, above 1 when this
@@ -10,17 +11,23 @@ project is the faster one.
 """
 
 import dataclasses
+import itertools
 import json
+import os
 import statistics
+import tempfile
 import time
+import tracemalloc
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Callable, Literal
 
+import numpy as np
 import torch
 import tyro
 
 import optim
+import shards
 from config import UserError, command_line
 from distributed import autocast_dtype, compile_error, keep_freed_memory, pick_device
 from model import GPT, GPTConfig
@@ -114,6 +121,131 @@ def transformers_gpt2(T: int, shape: dict) -> torch.nn.Module:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# loader: windows in random order
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Random windows of token shards against the usual way: an index array, memory maps, row by row, torch.stack."""
+
+    B: int = 64  # windows in a batch
+    T: int = 1024  # tokens in a window
+    windows: int = 9_770_000  # of the index, in 100 shards: 10B tokens; sparse files, which take no room on the disk
+    tokens: int = 50_000_000  # read for the speed: random ones in 5 ordinary files, just written, so in the file cache
+    batches: int = 50  # of each side in a turn
+    rounds: int = 21  # turns of each side
+
+
+def loader(args: Loader) -> dict:
+    """The index: seconds to open, bytes kept. Then batches of x and y, int64 on the CPU, windows in random order."""
+    if args.tokens < 10 * args.B * (args.T + 1) or args.windows < 100:
+        raise UserError(f"{args.tokens} tokens or {args.windows} windows are too few for B x T = {args.B} x {args.T}; "
+                        f"hint: --tokens {20 * args.B * args.T} --windows 1000")
+    torch.set_num_threads(1)  # what torchrun sets; for work this small a second thread is only waited for
+    with tempfile.TemporaryDirectory() as folder:
+        sparse, real = os.path.join(folder, "sparse"), os.path.join(folder, "real")
+        sparse_shards(sparse, [args.windows // 100 * args.T + 1] * 100)
+        index = index_cost(sparse, args)
+        os.mkdir(real)
+        for i in range(5):
+            tokens = np.random.default_rng(i).integers(0, 50257, args.tokens // 5, dtype=np.uint16)
+            np.save(os.path.join(real, f"real_train_{i:06d}.npy"), tokens)
+        windows, usual = open_windows(real, args.T), UsualLoader(real, args.B, args.T)
+        ahead = shards.Loader(windows, args.B * args.T, args.B, 0, 1, torch.device("cpu"))
+        direct = shards.Loader(windows, args.B * args.T, args.B, 0, 1, torch.device("cpu"))
+        direct.close()  # without its thread: read() is called here
+        rows, turn = np.zeros((args.B, args.T + 1), np.uint16), range(args.batches)
+        numbers, blocks = itertools.count(), itertools.count()
+
+        def repeat(get_batch: Callable):
+            for _ in turn:  # no list of the results: a batch is dropped before the next one, as in training
+                get_batch()
+
+        def prefetched():  # ends when the batch read ahead is there, so that each turn pays for as many as it takes
+            repeat(ahead.next)
+            ahead.ahead.result()
+
+        def windows_only():  # uint16 windows in a buffer, the order computed for as many at a time as Loader does
+            places = windows.locate(next(blocks) * shards.AHEAD + np.arange(shards.AHEAD))
+            for at in range(0, args.batches * args.B, args.B):
+                at %= shards.AHEAD // args.B * args.B
+                windows.fetch(places[:, at: at + args.B], rows)
+
+        sides = {"ours": lambda: repeat(lambda: direct.read(next(numbers))),
+                 "usual way": lambda: repeat(usual.get_batch),
+                 "ours, by the reading thread": prefetched, "ours, uint16 windows only": windows_only}
+        ms, _ = take_turns(sides, 2, args.rounds)
+        ahead.close()
+    amount = args.batches * args.B * args.T
+    tok_s = {side: 1e3 * amount / statistics.median(values) for side, values in ms.items()}
+    print(f"\n{f'index of {args.windows:,} windows':30}{'seconds':>12}{'MB':>12}")
+    for side, (seconds, size) in index.items():
+        print(f"{side:30}{seconds:12.3f}{size / 1e6:12.3f}")
+    print(f"\n{f'batches of {args.B} x {args.T} tokens':30}{'M tok/s':>12}{'slowest':>12}{'fastest':>12}")
+    for side, values in ms.items():
+        speeds = tok_s[side], 1e3 * amount / max(values), 1e3 * amount / min(values)
+        print(f"{side:30}" + "".join(f"{speed / 1e6:12,.0f}" for speed in speeds))
+    ratios = [theirs / ours for ours, theirs in zip(ms["ours"], ms["usual way"])]
+    return dict(ratio=tok_s["ours"] / tok_s["usual way"], ratio_quartiles=statistics.quantiles(ratios, n=4),
+                memory_ratio=index["usual way"][1] / index["ours"][1], tok_s=tok_s["ours"],
+                baseline_tok_s=tok_s["usual way"], thread_tok_s=tok_s["ours, by the reading thread"],
+                windows_tok_s=tok_s["ours, uint16 windows only"], index_s=index["ours"][0],
+                baseline_index_s=index["usual way"][0], index_bytes=index["ours"][1],
+                baseline_index_bytes=index["usual way"][1], ours_ms=ms["ours"], baseline_ms=ms["usual way"],
+                **dataclasses.asdict(args))
+
+
+def open_windows(folder: str, T: int) -> shards.Windows:
+    return shards.Windows(shards.open_shards(folder, "train", T), T, "global", 1337)
+
+
+def index_cost(folder: str, args: Loader) -> dict[str, tuple[float, int]]:
+    """Of each side: seconds until the first batch's windows are known, and bytes kept to know all the others."""
+    first, costs = np.arange(args.B), {}
+    t0 = time.perf_counter()
+    open_windows(folder, args.T).locate(first)
+    seconds = time.perf_counter() - t0
+    tracemalloc.start()
+    kept = open_windows(folder, args.T)
+    kept = kept, kept.locate(first)
+    costs["ours"] = seconds, tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    t0 = time.perf_counter()
+    usual = UsualLoader(folder, args.B, args.T)
+    costs["usual way"] = time.perf_counter() - t0, usual.index.nbytes
+    return costs
+
+
+class UsualLoader:
+    """The predecessor's loader with global shuffle: an array of all (shard, start), each row through a memory map."""
+
+    def __init__(self, folder: str, B: int, T: int, seed: int = 1337):
+        self.maps = [np.load(os.path.join(folder, f), mmap_mode="r") for f in sorted(os.listdir(folder))]
+        starts = [np.arange((len(m) - 1) // T) * T for m in self.maps]
+        self.index = np.concatenate([np.stack([np.full_like(s, i), s], axis=1) for i, s in enumerate(starts)])
+        np.random.default_rng(seed).shuffle(self.index)
+        self.B, self.T, self.at = B, T, 0
+
+    def get_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        xs, ys = [], []
+        for shard, start in self.index[self.at: self.at + self.B]:
+            row = torch.from_numpy(self.maps[shard][start: start + self.T + 1].astype(np.uint16))
+            xs.append(row[:-1])
+            ys.append(row[1:])
+        self.at = (self.at + self.B) % (len(self.index) - self.B)
+        return torch.stack(xs).long(), torch.stack(ys).long()
+
+
+def sparse_shards(folder: str, sizes: list[int]):
+    """Training shards of zeros that take no room on the disk: a header, then a hole."""
+    os.mkdir(folder)
+    for i, n in enumerate(sizes):
+        with open(os.path.join(folder, f"sparse_train_{i:06d}.npy"), "wb") as f:
+            np.lib.format.write_array_header_1_0(f, dict(descr="<u2", fortran_order=False, shape=(n,)))
+            f.truncate(f.tell() + 2 * n)
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # what all parts share
 
 
@@ -136,7 +268,7 @@ def take_turns(sides: dict[str, Callable], warmup: int, rounds: int) -> tuple[di
     return ms, last
 
 
-PARTS = {"step": (Step, step)}
+PARTS = {"step": (Step, step), "loader": (Loader, loader)}
 
 
 def main():

@@ -18,9 +18,16 @@ from safetensors.torch import load_file, save_file
 
 from config import UserError, one_line
 from model import GPT, GPTConfig
+from runlog import read_metrics
 from shards import sha256
 
 FORMAT = 1
+
+# Settings that a resumed run may change: they do not alter what is learned.
+FREE_ON_RESUME = {"B", "device", "use_compile", "log_interval", "eval_interval", "save_interval", "keep_last",
+                  "val_tokens", "hellaswag_limit", "sample_interval", "n_samples", "sample_tokens", "sample_prompt",
+                  "data_root", "log_dir", "ckpt_dir", "run_name", "resume", "wandb", "wandb_project", "batch_hashes",
+                  "eval_only", "dry_run"}
 
 
 def save(ckpt_dir: Path, step: int, model: GPT, optimizer: torch.optim.Optimizer, state: dict) -> Path:
@@ -136,3 +143,32 @@ def find(where: str) -> Path:
         if steps(ckpt_dir):
             return newest(ckpt_dir)[0]
     raise UserError(f"no checkpoint in {where}; hint: a run directory (log/NAME), or a step_NNNNNN directory in it")
+
+
+def open_run(cfg, run_dir: Path, ckpt_dir: Path, say) -> tuple[Path, dict] | None:
+    """The checkpoint to go on from and its state, or None for a fresh start. Never touches another run's files."""
+    if cfg.resume == "never" and (run_dir / "config.json").exists():
+        raise UserError(f"{run_dir} holds a run already, --resume never would mix with it; "
+                        f"hint: --run_name {cfg.run_name}-2")
+    if cfg.resume not in ("auto", "never"):
+        path = find(cfg.resume)
+        found = path, read_state(path)
+    else:
+        found = newest(ckpt_dir, say) if ckpt_dir.exists() else None
+    old = found[1]["config"] if found else None
+    if not found and (run_dir / "config.json").exists():  # a run that ended before its first checkpoint
+        old = json.loads((run_dir / "config.json").read_text())
+    if old is not None:
+        new = json.loads(json.dumps(dataclasses.asdict(cfg)))  # tuples become lists, as in the file
+        changed = [f"{k} {old.get(k)} -> {new[k]}" for k in new if k not in FREE_ON_RESUME and old.get(k) != new[k]]
+        if changed:
+            raise UserError(f"{run_dir} holds a run with other settings ({', '.join(changed)}); "
+                            f"hint: --run_name {cfg.run_name}-2 starts a new one beside it")
+    return found
+
+
+def finished(run_dir: Path, max_steps: int) -> bool:
+    """Whether the run's last evaluation has been written."""
+    if not (run_dir / "metrics.jsonl").exists():
+        return False
+    return any(r["step"] == max_steps and "val/loss" in r for r in read_metrics(run_dir))

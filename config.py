@@ -60,7 +60,8 @@ class TrainConfig:
     eval_interval: int = 250  # steps between evaluations
     val_tokens: int = 5242880  # validation tokens, the same ones for any B and any number of GPUs (10 * 2**19)
     hellaswag_limit: int = 10042  # HellaSwag items, spread over the set; 0 = off
-    n_samples: int = 4  # texts sampled at each evaluation; 0 = off
+    sample_interval: int = 250  # steps between samples
+    n_samples: int = 4  # texts sampled each time; 0 = off
     sample_tokens: int = 32  # tokens in each sample
     sample_prompt: str = "Hello, I'm a language model,"  # how samples begin
 
@@ -92,9 +93,10 @@ class TrainConfig:
 PRESETS: dict[str, tuple[str | None, dict]] = {
     # python train_gpt2.py : Tiny Shakespeare on any machine, about 4 minutes on two CPU cores, val loss 4.8
     "shakespeare": (None, dict(
-        n_layer=4, n_head=4, n_embd=256, use_rope=True, T=128, B=8, total_batch=1024, max_lr=2e-3, warmup_steps=50,
-        betas=(0.9, 0.99), max_steps=600, data_root="data/shakespeare", data_order="global", eval_interval=200, save_interval=200,
-        val_tokens=65536, hellaswag_limit=0, n_samples=1, sample_tokens=500, sample_prompt="\n", log_interval=10)),
+        n_layer=4, n_head=4, n_embd=256, use_rope=True, T=128, B=8, total_batch=1024, max_lr=1.3e-3, warmup_steps=50,
+        betas=(0.9, 0.99), max_steps=600, data_root="data/shakespeare", data_order="global", val_tokens=65536,
+        eval_interval=100, hellaswag_limit=0, sample_interval=300, n_samples=1, sample_tokens=500, sample_prompt="\n",
+        log_interval=10, save_interval=200)),
     # GPT-2 as published: GELU, learned positions. Published: val 3.0658, HellaSwag 0.3037
     "gpt2-baseline": (None, dict()),
     # the loss no longer ripples with the shards: documents shuffled within them. Published: 3.0639, 0.3055
@@ -179,7 +181,8 @@ def problems(cfg: TrainConfig, world_size: int) -> list[str]:
             wrong.append(message)
 
     for name in ("n_layer", "n_head", "n_embd", "vocab_size", "total_batch", "B", "T", "max_steps", "eval_interval",
-                 "val_tokens", "log_interval", "save_interval", "keep_last", "max_lr", "grad_norm_clip"):
+                 "val_tokens", "sample_interval", "log_interval", "save_interval", "keep_last", "max_lr",
+                 "grad_norm_clip"):
         need(getattr(cfg, name) > 0, f"{name} is {getattr(cfg, name)}, must be above 0; hint: --{name}")
     for name in ("warmup_steps", "weight_decay", "hellaswag_limit", "n_samples", "sample_tokens", "min_lr"):
         need(getattr(cfg, name) >= 0, f"{name} is {getattr(cfg, name)}, must not be negative; hint: --{name}")

@@ -2,10 +2,12 @@
 
     python prepare.py shakespeare                                 what train_gpt2.py learns from by default
     python prepare.py files book.txt more.jsonl.gz --out data/my  your text: .txt, .jsonl (both also .gz), .parquet
+    python prepare.py download fineweb10B --out data/fw --files 9 ready-made shards of the Hugging Face hub, 0.2 GB each
 
 A directory of shards holds NAME_train_NNNNNN.npy, NAME_val_NNNNNN.npy and manifest.json (what is in them, from what).
 It is written aside and moved into place when it is complete; shards of something else are never overwritten. A run
-that was killed leaves a writing-*.tmp behind, which can be deleted.
+that was killed leaves a writing-*.tmp behind, which can be deleted. Downloaded shards come one by one, each when it is
+whole, and training can start on the first ones.
 """
 
 import collections
@@ -16,6 +18,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,7 +27,7 @@ import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable, Iterable, Iterator
+from typing import Callable, Iterable, Iterator, Literal
 
 import numpy as np
 import tyro
@@ -32,7 +35,7 @@ from tqdm import tqdm
 
 import tokenizer
 from config import UserError, command_line, one_line
-from shards import ShardWriter, sha256, write_manifest
+from shards import open_shard, read_manifest, scan, sha256
 
 INPUT = Path(__file__).parent / "data" / "input.txt"
 TINY_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -44,6 +47,10 @@ PLAYS = ("roman/coriolanus", "histories/richard-iii", "histories/richard-ii", "t
          "problems/the-taming-of-the-shrew", "romances/the-tempest")
 ENDINGS = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 Item = tuple[dict, str, str]  # a document: its source (entry of the manifest), split, text
+# data set repositories: commit (of a given one the files never change), and the names of their files
+HUB = {"fineweb-edu-100B": ("karpathy/fineweb-edu-100B-gpt2-token-shards", "a33f75d78c7f74236fb03754ec1eb3cc77507d64",
+                            "edu_fineweb_{}_{:06d}.bin"),
+       "fineweb10B": ("kjj0/fineweb10B-gpt2", "889765ea1f903759787add96995d81171b632d0c", "fineweb_{}_{:06d}.bin")}
 BLOCK = 4 << 20  # characters tokenised at a time
 PIECE = 1 << 18  # characters tokenised in one call: tiktoken's regex engine panics on a run of 1M blanks
 
@@ -233,7 +240,94 @@ def read_documents(path: str, text_field: str, source: dict, bar: tqdm) -> Itera
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# ready-made shards
+
+
+def download(name: tyro.conf.Positional[Literal["fineweb-edu-100B", "fineweb10B"]], out: str, files: int = 10,
+             revision: str = ""):
+    """Shards of GPT-2 tokens from the Hugging Face hub: the validation file, then the first training files.
+
+    The same command again goes on after the last whole file; with more --files it adds the next ones. Each is checked
+    (hash, header), moved into place and entered in manifest.json before the next one begins: training can start on the
+    first. Their validation text is not the presets' (first 100M tokens of sample-10BT): losses do not compare.
+
+    Args:
+        name: FineWeb-Edu, 100B tokens in about 1,000 files, or FineWeb, 10B tokens in 103 files
+        out: directory for the shards
+        files: training files, 100M tokens and 0.2 GB each
+        revision: commit of the repository; a fixed one unless given
+    """
+    repository, commit, pattern = HUB[name]
+    manifest, prefix = read_manifest(out), pattern.split("{")[0]
+    old = (manifest.get("sources") or [{}])[0]
+    if files < 1:
+        raise UserError(f"files is {files}, must be above 0; hint: --files 10")
+    if manifest and (old.get("name") != repository or revision not in ("", "main", old["revision"])):
+        raise UserError(f"{out} holds shards of {old.get('name')}, revision {old.get('revision')}; hint: another --out")
+    revision = old.get("revision") or revision or commit
+    there = os.listdir(out) if os.path.isdir(out) else []
+    refuse_occupied(out, ["manifest.json", *(f for f in there if f.startswith(prefix) and f.endswith(".bin"))])
+    whole = lambda r: r["file"] in there and os.path.getsize(os.path.join(out, r["file"])) == 1024 + 2 * r["tokens"]
+    records = {r["file"]: r for r in manifest.get("shards", ()) if whole(r)}
+    wanted = [pattern.format("val", 0), *(pattern.format("train", i) for i in range(1, files + 1))]
+    if manifest.get("complete") and records.keys() >= set(wanted):
+        print(f"{out}: already there, {summary(list(records.values()))}")
+        return
+    try:
+        import huggingface_hub as hub  # here, because only this needs it
+    except ImportError as e:
+        raise UserError("huggingface_hub is not installed; hint: pip install huggingface_hub") from e
+    info = from_hub(hub.HfApi().dataset_info, repository, revision=revision, files_metadata=True)
+    hashes = {f.rfilename: getattr(f.lfs, "sha256", None) for f in info.siblings}
+    if absent := [f for f in wanted if f not in hashes]:
+        raise UserError(f"{repository} has no {absent[0]}; hint: --files {files - len(absent)}")
+    source = dict(name=repository, revision=info.sha,
+                  note="its validation text is not that of the presets: losses do not compare")
+    try:
+        os.makedirs(out, exist_ok=True)
+        for i, file in enumerate(wanted):
+            write_manifest(out, list(records.values()), [source], complete=False)
+            if file in records:
+                continue
+            path = got = os.path.join(out, file)
+            if file not in there:
+                print(f"{i + 1} of {len(wanted)}: {file}", flush=True)
+                got = from_hub(hub.hf_hub_download, repository, filename=file, repo_type="dataset", revision=info.sha,
+                               local_dir=os.path.join(out, "download.tmp"))
+            try:
+                shard = open_shard(got)
+                digest, documents, _ = scan(shard)
+                if digest != (hashes[file] or digest):
+                    raise ValueError(f"its SHA-256 is {digest[:12]}..., the hub's {hashes[file][:12]}...")
+            except ValueError as e:
+                if got != path:
+                    os.remove(got)
+                raise UserError(f"{got}: {e}; hint: remove it if it is still there, then run this again") from e
+            os.replace(got, path)
+            records[file] = dict(file=file, split="train" if i else "val", tokens=shard.tokens, documents=documents,
+                                 sha256=digest)
+            if i == 1 < files:
+                print(f"training can start: python train_gpt2.py gpt2-rope --data_root {out}", flush=True)
+        write_manifest(out, list(records.values()), [source], complete=True)
+        shutil.rmtree(os.path.join(out, "download.tmp"), ignore_errors=True)
+    except OSError as e:
+        raise UserError(f"cannot write to {out}: {e.strerror or e}; hint: --out elsewhere, on a disk with room") from e
+    print(f"{out}: {summary(list(records.values()))}; {source['note']}")
+
+
+def from_hub(call: Callable, repository: str, **options):
+    """What a call of huggingface_hub returns; whatever it raises, which differs between versions, as a UserError."""
+    try:
+        return call(repository, **options)
+    except Exception as e:
+        raise UserError(f"{repository}: {one_line(e)}; hint: check network and disk, then run this again: it goes on "
+                        "after the last whole file") from e
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # documents to shards
+
+FORMAT = 1  # of manifest.json
 
 
 def write_shards(out: str, name: str, shard_tokens: int, documents: Iterable[Item], sources: list[dict],
@@ -266,6 +360,59 @@ def write_shards(out: str, name: str, shard_tokens: int, documents: Iterable[Ite
     except OSError as e:  # not from reading: read_documents turns its own into UserErrors
         raise UserError(f"cannot write to {out}: {e.strerror or e}; hint: --out elsewhere, on a disk with room") from e
     return records
+
+
+class ShardWriter:
+    """Token arrays in, shards `NAME_SPLIT_NNNNNN.npy` of shard_tokens tokens out, in constant memory.
+
+    A shard is written under a temporary name and renamed when it is complete, so a file of the final name is whole.
+    `records` then holds a manifest entry for each.
+    """
+
+    def __init__(self, out: str, name: str, split: str, shard_tokens: int):
+        self.out, self.name, self.split, self.shard_tokens = out, name, split, shard_tokens
+        self.records, self.file = [], None
+
+    def write(self, tokens: np.ndarray):
+        """Append a document (uint16, <|endoftext|> first); it may run over into the next shard."""
+        documents = 1
+        while len(tokens):
+            if self.file is None:
+                self.path = os.path.join(self.out, f"{self.name}_{self.split}_{len(self.records):06d}.npy")
+                self.file, self.count, self.documents = open(self.path + ".tmp", "wb"), 0, 0
+                self._header()
+            part = tokens[: self.shard_tokens - self.count]
+            self.file.write(part.tobytes())
+            self.count, self.documents, documents = self.count + len(part), self.documents + documents, 0
+            tokens = tokens[len(part):]
+            if self.count == self.shard_tokens:
+                self.close()
+
+    def _header(self):
+        # numpy pads its header for a growing first axis, so the final one fits over the first one
+        np.lib.format.write_array_header_1_0(self.file, dict(descr="<u2", fortran_order=False, shape=(self.count,)))
+
+    def close(self):
+        """Finish the shard in hand: final header, flush to disk, rename."""
+        if self.file is None:
+            return
+        self.file.seek(0)
+        self._header()
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        os.replace(self.path + ".tmp", self.path)
+        self.records.append(dict(file=os.path.basename(self.path), split=self.split, tokens=self.count,
+                                 documents=self.documents, sha256=sha256(self.path)))
+        self.file = None
+
+
+def write_manifest(out: str, shards: list[dict], sources: list[dict], **more):
+    """manifest.json, written last: a directory that has one is complete, unless it says `complete: false`."""
+    path = Path(out) / "manifest.json"
+    text = json.dumps(dict(format=FORMAT, tokenizer="gpt2", shards=shards, sources=sources, **more), indent=1)
+    path.with_suffix(".tmp").write_text(text)
+    os.replace(path.with_suffix(".tmp"), path)
 
 
 def refuse_occupied(out: str, replaceable: Iterable[str] = ()):
@@ -326,8 +473,9 @@ def summary(records: list[dict]) -> str:
 
 
 def main():
-    tyro.extras.subcommand_cli_from_dict(dict(shakespeare=shakespeare, files=files), description=__doc__,
-                                         use_underscores=True, config=(tyro.conf.FlagConversionOff,))
+    tyro.extras.subcommand_cli_from_dict(
+        dict(shakespeare=shakespeare, files=files, download=download), description=__doc__, use_underscores=True,
+        config=(tyro.conf.FlagConversionOff,))
 
 
 if __name__ == "__main__":

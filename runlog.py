@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from config import one_line
+from shards import Windows
+from tokenizer import N_VOCAB
 
 
 def environment(device: torch.device, world_size: int) -> dict:
@@ -21,6 +24,29 @@ def environment(device: torch.device, world_size: int) -> dict:
                 cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(), platform=platform.platform(),
                 device=torch.cuda.get_device_name(device) if device.type == "cuda"
                 else f"{device.type}, {os.cpu_count()} cores", threads=torch.get_num_threads(), world_size=world_size)
+
+
+def bigram_loss(train: Windows, val: Windows, val_tokens: int, largest: int = 5_000_000) -> float | None:
+    """Validation loss, nats per token, of counting which token follows which: what a network has to beat.
+
+    p(b | a) = (n(ab) + k p(b)) / (n(a) + k) with p(b) = (n(b) + 1) / (N + V) (MacKay and Peto 1995); k is the best of
+    a few for this very split, so the yardstick is as good as its kind can be. None for splits beyond `largest` tokens.
+    """
+    if train.sizes.sum() > largest:
+        return None
+    tokens = np.concatenate([np.fromfile(s.path, np.uint16, offset=s.start) for s in train.shards]).astype(np.int64)
+    rows = np.zeros((min(val_tokens // val.T, val.per_epoch()), val.T + 1), np.uint16)
+    val.read(np.arange(len(rows)), rows)
+    before, after = rows[:, :-1].ravel().astype(np.int64), rows[:, 1:].ravel().astype(np.int64)
+    V = 1 << 16
+    single = np.bincount(tokens, minlength=V)
+    p_after = (single[after] + 1) / (len(tokens) + N_VOCAB)
+    pairs, counts = np.unique(tokens[:-1] * V + tokens[1:], return_counts=True)
+    wanted = before * V + after
+    at = np.searchsorted(pairs, wanted).clip(max=len(pairs) - 1)
+    n_pair = np.where(pairs[at] == wanted, counts[at], 0)
+    return min(float(-np.log((n_pair + k * p_after) / (single[before] + k)).mean())
+               for k in (10, 20, 50, 100, 200, 500, 1000))
 
 
 def peak_flops(device: torch.device) -> float | None:

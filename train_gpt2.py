@@ -45,13 +45,7 @@ import runlog
 import shards
 from distributed import World, all_sum, autocast_dtype, barrier, compile_error, setup
 from model import GPT, GPTConfig
-from tokenizer import N_VOCAB, gpt2, token_bytes
-
-# Settings that a resumed run may change: they do not alter what is learned.
-FREE_ON_RESUME = {"B", "device", "use_compile", "log_interval", "eval_interval", "save_interval", "keep_last",
-                  "val_tokens", "hellaswag_limit", "n_samples", "sample_tokens", "sample_prompt", "data_root",
-                  "log_dir", "ckpt_dir", "run_name", "resume", "wandb", "wandb_project", "batch_hashes", "eval_only",
-                  "dry_run"}
+from tokenizer import N_VOCAB, token_bytes
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -77,9 +71,14 @@ def open_data(cfg, world: World, say):
         for note in [f"{cfg.epochs:g} epochs are {steps} steps"] + notes:
             say(f"config | {note}")
     step_windows, per_epoch = cfg.total_batch // cfg.T, train.per_epoch()
-    say(f"data | {cfg.data_root} | train {train.sizes.sum():,} tokens, shards: {len(train.shards)}, {per_epoch:,} windows | "
-        f"{cfg.max_steps * step_windows / per_epoch:.2f} epochs, {cfg.data_order} order | "
+    say(f"data | {cfg.data_root} | train {train.sizes.sum():,} tokens, shards: {len(train.shards)}, {per_epoch:,} windows"
+        f" | {cfg.max_steps * step_windows / per_epoch:.2f} epochs, {cfg.data_order} order, "
+        f"{train.left_out(0).sum():,} tokens left out of the first | "
         f"val {min(cfg.val_tokens, val.per_epoch() * cfg.T):,} of {val.sizes.sum():,} tokens")
+    mine = int(shards.fingerprint(train), 16) % 2**32
+    if all_sum(torch.tensor(mine)).item() != mine * world.world_size:
+        raise UserError(f"the processes see different shards in {cfg.data_root}; hint: the same files on all machines, "
+                        "and no download going on while a run starts")
     return train, val, cfg
 
 
@@ -158,39 +157,6 @@ class Evaluator:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# resume
-
-
-def open_run(cfg, run_dir: Path, ckpt_dir: Path, say) -> tuple[Path, dict] | None:
-    """The checkpoint to go on from and its state, or None for a fresh start. Never touches another run's files."""
-    if cfg.resume == "never" and (run_dir / "config.json").exists():
-        raise UserError(f"{run_dir} holds a run already, --resume never would mix with it; "
-                        f"hint: --run_name {cfg.run_name}-2")
-    if cfg.resume not in ("auto", "never"):
-        path = checkpoint.find(cfg.resume)
-        found = path, checkpoint.read_state(path)
-    else:
-        found = checkpoint.newest(ckpt_dir, say) if ckpt_dir.exists() else None
-    old = found[1]["config"] if found else None
-    if not found and (run_dir / "config.json").exists():  # a run that ended before its first checkpoint
-        old = json.loads((run_dir / "config.json").read_text())
-    if old is not None:
-        new = json.loads(json.dumps(dataclasses.asdict(cfg)))  # tuples become lists, as in the file
-        changed = [f"{k} {old.get(k)} -> {new[k]}" for k in new if k not in FREE_ON_RESUME and old.get(k) != new[k]]
-        if changed:
-            raise UserError(f"{run_dir} holds a run with other settings ({', '.join(changed)}); "
-                            f"hint: --run_name {cfg.run_name}-2 starts a new one beside it")
-    return found
-
-
-def finished(run_dir: Path, max_steps: int) -> bool:
-    """Whether the run's last evaluation has been written."""
-    if not (run_dir / "metrics.jsonl").exists():
-        return False
-    return any(r["step"] == max_steps and "val/loss" in r for r in runlog.read_metrics(run_dir))
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # the run
 
 
@@ -213,9 +179,9 @@ def main():
         raise UserError("\n       ".join(wrong))
     run_dir = Path(cfg.log_dir) / cfg.run_name
     ckpt_dir = Path(cfg.ckpt_dir) if cfg.ckpt_dir else run_dir / "ckpt"
-    found = open_run(cfg, run_dir, ckpt_dir, say) if not (cfg.eval_only and cfg.init_from) else None
+    found = checkpoint.open_run(cfg, run_dir, ckpt_dir, say) if not (cfg.eval_only and cfg.init_from) else None
     trains = not (cfg.eval_only or cfg.dry_run)
-    if trains and found and found[1]["step"] == cfg.max_steps and finished(run_dir, cfg.max_steps):
+    if trains and found and found[1]["step"] == cfg.max_steps and checkpoint.finished(run_dir, cfg.max_steps):
         say(f"already finished: {run_dir} has {cfg.max_steps} of {cfg.max_steps} steps; hint: --run_name {cfg.run_name}-2 "
             f"starts anew, python generate.py --model {run_dir} samples from it")
         return
@@ -256,9 +222,10 @@ def main():
     if found:
         start_step, best, wandb_id = found[1]["step"], found[1]["best"], found[1]["wandb_id"]
         checkpoint.load_optimizer(found[0], model, optimizer)
-        if found[1]["data"] != shards.fingerprint(train):
+        if (begun := shards.as_begun(train, found[1]["data"])) is None:
             raise UserError(f"{cfg.data_root} is not the data this run began with (fingerprint {shards.fingerprint(train)}, "
                             f"was {found[1]['data']}); hint: restore it, or --run_name NEW --init_from {found[0]}")
+        train = begun
         say(f"resume | step {start_step} from {found[0]}")
     wandb_run = None
     if world.rank == 0:
@@ -271,7 +238,7 @@ def main():
             raise UserError(f"cannot write to {run_dir}: {e.strerror}; hint: --log_dir and --ckpt_dir choose another place")
         wandb_run = runlog.start_wandb(cfg, wandb_id, run_dir, say)
     log = runlog.RunLog(run_dir if world.rank == 0 else None, start_step, wandb_run)
-    bigram = shards.bigram_loss(train, val, cfg.val_tokens) if world.rank == 0 else None
+    bigram = runlog.bigram_loss(train, val, cfg.val_tokens) if world.rank == 0 else None
     if bigram is not None:
         say(f"bigram | val loss {bigram:.4f} is what counting pairs of tokens gets on this split")
         log.write({"step": start_step, "val/bigram": bigram}) if start_step == 0 else None
@@ -304,16 +271,16 @@ def main():
         if last_step or step % cfg.eval_interval == 0:
             record = evaluate(step)
             log.write(record)
-            if step > 0:
-                evaluate.samples(step, run_dir / "samples.txt")
             if saved and record["val/loss"] < best["val_loss"]:
                 best = {"step": step, "val_loss": record["val/loss"]}
+        if last_step or (step > 0 and step % cfg.sample_interval == 0):
+            evaluate.samples(step, run_dir / "samples.txt")
         if saved and world.rank == 0:
             checkpoint.prune(ckpt_dir, cfg.keep_last, best=f"step_{best['step'] or 0:06d}")
         if last_step:
             break
-        if saved or step % cfg.eval_interval == 0:
-            clock = time.perf_counter()  # evaluation and saving are not on the clock
+        if saved or step % cfg.eval_interval == 0 or step % cfg.sample_interval == 0:
+            clock = time.perf_counter()  # saving, evaluating and sampling are not on the clock
 
         # one optimiser step: the only part on the clock
         lr = optim.cosine(step, cfg.max_lr, cfg.min_lr, cfg.warmup_steps, cfg.max_steps)
@@ -337,7 +304,8 @@ def main():
 
         # diagnostics only from here on: numbers stay on the device until a line is due
         done = step + 1
-        if done % cfg.log_interval and done % cfg.save_interval and done % cfg.eval_interval and done < cfg.max_steps:
+        if done < cfg.max_steps and all(done % n for n in (cfg.log_interval, cfg.save_interval, cfg.eval_interval,
+                                                           cfg.sample_interval)):
             continue
         records = fetch(pending, world)
         dt = (time.perf_counter() - clock) / len(pending)
@@ -350,7 +318,8 @@ def main():
             f"{dt * 1e3:.0f} ms | {tok_s:,.0f} tok/s{f' | mfu {mfu:.1%}' if mfu else ''} | "
             f"{remaining(dt * (cfg.max_steps - done))} left")
         if not all(math.isfinite(r["train/loss"]) for r in records):
-            raise UserError(f"the loss is no longer finite at step {done}; hint: a lower --max_lr, or --resume an older checkpoint")
+            raise UserError(f"the loss is no longer finite at step {done}; hint: a lower --max_lr, or --resume an older "
+                            "checkpoint")
         pending, clock, waited = [], time.perf_counter(), 0.0
 
     # clean-up

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import pytest
 from hypothesis import example, given, settings, strategies as st
 
 import prepare
+import shards
 import tokenizer
 from config import UserError
 
@@ -288,6 +290,199 @@ def test_the_command_line(tmp_path):
     good = run("files", path, "--text_field", "body", "--val_share", "0.1", "--out", str(tmp_path / "out"))
     assert good.returncode == 0, good.stderr
     assert read(tmp_path / "out", "val") == DOCUMENTS[::10]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# download
+
+NAMES = ["fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in range(1, 6))]
+
+
+class Hub(types.ModuleType):
+    """huggingface_hub as prepare.download uses it: five training files in llm.c's format, and faults on demand."""
+
+    def __init__(self, folder: Path):
+        super().__init__("huggingface_hub")
+        self.folder, self.asked, self.seen, self.fail_at, self.before = folder, [], [], None, lambda name: None
+        folder.mkdir()
+        for i, name in enumerate(NAMES):
+            tokens = np.random.default_rng(i).integers(50157, 50257, 1000 + i).astype(np.uint16)  # some <|endoftext|>
+            header = np.zeros(256, np.int32)
+            header[:3] = 20240520, 1, len(tokens)
+            (folder / name).write_bytes(header.tobytes() + tokens.tobytes())
+        self.hashes = {name: prepare.sha256(folder / name) for name in NAMES}
+
+    def HfApi(self):
+        def dataset_info(repository, revision, files_metadata):
+            self.asked.append((repository, revision))
+            assert files_metadata
+            files = self.hashes | {".gitattributes": None}
+            files = [new(rfilename=n, lfs=h and new(sha256=h)) for n, h in files.items()]
+            return new(sha="c0ffee" if revision == "main" else revision, siblings=files)
+
+        new = types.SimpleNamespace
+        return new(dataset_info=dataset_info)
+
+    def hf_hub_download(self, repository, filename, repo_type, revision, local_dir):
+        assert repository == "kjj0/fineweb10B-gpt2" and repo_type == "dataset"
+        self.before(filename)
+        self.seen.append((filename, revision))
+        Path(local_dir).mkdir(exist_ok=True)
+        if filename == self.fail_at:
+            (Path(local_dir) / (filename + ".incomplete")).write_bytes(b"half")
+            raise ConnectionError("the line\nwent dead")
+        return shutil.copy(self.folder / filename, local_dir)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    hub = Hub(tmp_path / "hub")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    return hub
+
+
+def download_error(*arguments, **options) -> str:
+    with pytest.raises(UserError) as e:
+        prepare.download(*arguments, **options)
+    assert "\n" not in str(e.value) and "hint:" in str(e.value)
+    return str(e.value)
+
+
+PINNED = "889765ea1f903759787add96995d81171b632d0c"
+
+
+def test_download_brings_validation_and_the_first_training_files(hub, tmp_path, capsys):
+    out = tmp_path / "out"
+    prepare.download("fineweb10B", str(out), files=3)
+    assert hub.asked == [("kjj0/fineweb10B-gpt2", PINNED)] and hub.seen == [(n, PINNED) for n in NAMES[:4]]
+    assert sorted(listing(out)) == sorted([*NAMES[:4], "manifest.json"])
+    assert all((out / n).read_bytes() == (hub.folder / n).read_bytes() for n in NAMES[:4])
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["complete"] is True and "do not compare" in manifest["sources"][0]["note"]
+    assert manifest["sources"][0].items() >= dict(name="kjj0/fineweb10B-gpt2", revision=PINNED).items()
+    for i, record in enumerate(manifest["shards"]):
+        tokens = np.frombuffer((out / NAMES[i]).read_bytes()[1024:], np.uint16)
+        assert record == dict(file=NAMES[i], split="train" if i else "val", tokens=len(tokens),
+                              documents=(tokens == tokenizer.EOT).sum(), sha256=hub.hashes[NAMES[i]])
+    assert [s.tokens for s in shards.open_shards(str(out), "train", 64)] == [1001, 1002, 1003]
+    assert "training can start: python train_gpt2.py gpt2-rope --data_root" in capsys.readouterr().out
+    prepare.download("fineweb10B", str(out), files=3)  # again: nothing to do, and no network needed
+    prepare.download("fineweb10B", str(out), files=2)
+    assert len(hub.asked) == 1 and "already there" in capsys.readouterr().out
+    prepare.download("fineweb10B", str(out), files=5)  # the next ones only
+    assert hub.seen[4:] == [(n, PINNED) for n in NAMES[4:]] and len(shards.open_shards(str(out), "train", 64)) == 5
+
+
+def test_training_can_start_on_the_first_shards(hub, tmp_path, monkeypatch):
+    """At every moment of a download the directory is one that open_shards accepts, with what has come so far."""
+    out, replace, counts = tmp_path / "out", os.replace, []
+
+    def look(*_):
+        try:
+            counts.append(len(shards.open_shards(str(out), "train", 64)))
+        except UserError as e:
+            assert str(e).startswith("no train shards")
+            counts.append(0)
+
+    hub.before = look
+    monkeypatch.setattr(os, "replace", lambda a, b: (replace(a, b), look()))
+    for files in (2, 4):
+        prepare.download("fineweb10B", str(out), files=files)
+    assert counts == sorted(counts) and set(counts) == {0, 1, 2, 3, 4} and len(counts) > 15
+
+
+def test_download_goes_on_after_a_failure(hub, tmp_path):
+    out = tmp_path / "out"
+    hub.fail_at = NAMES[2]
+    message = download_error("fineweb10B", str(out), files=3)
+    assert "kjj0/fineweb10B-gpt2: ConnectionError: the line went dead; hint: check network" in message
+    assert sorted(f for f in os.listdir(out) if f.endswith(".bin")) == sorted(NAMES[:2])
+    assert json.loads((out / "manifest.json").read_text())["complete"] is False
+    assert [s.tokens for s in shards.open_shards(str(out), "train", 64)] == [1001]
+    hub.fail_at, before = None, len(hub.seen)
+    prepare.download("fineweb10B", str(out), files=3)
+    assert [n for n, _ in hub.seen[before:]] == NAMES[2:4]
+    assert sorted(listing(out)) == sorted([*NAMES[:4], "manifest.json"])
+
+
+def test_killed_between_file_and_manifest(hub, tmp_path):
+    """A file that is there but not in the manifest is looked at, not fetched again."""
+    out = tmp_path / "out"
+    hub.fail_at = NAMES[2]
+    download_error("fineweb10B", str(out), files=3)
+    shutil.copy(hub.folder / NAMES[2], out)
+    assert len(shards.open_shards(str(out), "train", 64)) == 1  # until it is listed
+    hub.fail_at, before = None, len(hub.seen)
+    prepare.download("fineweb10B", str(out), files=3)
+    assert [n for n, _ in hub.seen[before:]] == NAMES[3:4] and len(shards.open_shards(str(out), "train", 64)) == 3
+
+
+@pytest.mark.parametrize("how", ["another hash", "cut", "header"])
+def test_download_of_a_damaged_file(hub, tmp_path, how):
+    out, path = tmp_path / "out", hub.folder / NAMES[1]
+    good = path.read_bytes()
+    path.write_bytes(good[:-2] if how == "cut" else good[:-2] + b"\0\0" if how == "another hash" else b"\0" * len(good))
+    said = {"another hash": "its SHA-256 is", "cut": "its header says 1001 tokens", "header": "header is not llm.c's"}
+    message = download_error("fineweb10B", str(out), files=2)
+    assert NAMES[1] in message and said[how] in message
+    assert sorted(f for f in os.listdir(out) if f.endswith(".bin")) == NAMES[:1]
+    path.write_bytes(good)
+    prepare.download("fineweb10B", str(out), files=2)
+    assert len(shards.open_shards(str(out), "train", 64)) == 2
+
+
+def test_without_hashes_the_header_decides(hub, tmp_path):
+    hub.hashes = dict.fromkeys(NAMES)
+    prepare.download("fineweb10B", str(tmp_path / "out"), files=1)
+    assert len(shards.open_shards(str(tmp_path / "out"), "train", 64)) == 1
+
+
+def test_a_damaged_file_already_there_is_named_and_kept(hub, tmp_path):
+    out = tmp_path / "out"
+    prepare.download("fineweb10B", str(out), files=1)
+    (out / NAMES[1]).write_bytes(b"precious")
+    message = download_error("fineweb10B", str(out), files=1)
+    assert f"{out / NAMES[1]}: " in message and "remove it" in message and (out / NAMES[1]).read_bytes() == b"precious"
+    (out / NAMES[1]).unlink()
+    prepare.download("fineweb10B", str(out), files=1)
+    assert (out / NAMES[1]).read_bytes() == (hub.folder / NAMES[1]).read_bytes()
+
+
+def test_download_keeps_to_its_revision(hub, tmp_path):
+    out = str(tmp_path / "out")
+    prepare.download("fineweb10B", out, files=1, revision="main")
+    prepare.download("fineweb10B", out, files=2, revision="main")  # main may have moved on
+    prepare.download("fineweb10B", out, files=3)
+    assert [r for _, r in hub.asked] == ["main", "c0ffee", "c0ffee"] and {r for _, r in hub.seen} == {"c0ffee"}
+    assert "revision c0ffee; hint:" in download_error("fineweb10B", out, files=4, revision="abc")
+    assert "holds shards of kjj0/fineweb10B-gpt2" in download_error("fineweb-edu-100B", out, files=1)
+
+
+def test_download_never_mixes_with_other_shards(hub, tmp_path):
+    prepare.files((write(tmp_path / "a.jsonl", DOCUMENTS),), str(tmp_path / "mine"))
+    before = listing(tmp_path / "mine")
+    assert "holds shards of a.jsonl" in download_error("fineweb10B", str(tmp_path / "mine"), files=1)
+    (tmp_path / "mine" / "manifest.json").unlink()
+    assert "never overwritten" in download_error("fineweb10B", str(tmp_path / "mine"), files=1)
+    assert {**listing(tmp_path / "mine"), "manifest.json": before["manifest.json"]} == before and not hub.seen
+
+
+def test_download_mistakes(hub, tmp_path, monkeypatch):
+    out = str(tmp_path / "out")
+    assert "files is 0" in download_error("fineweb10B", out, files=0)
+    assert "has no fineweb_train_000006.bin; hint: --files 5" in download_error("fineweb10B", out, files=9)
+    assert "is a file" in download_error("fineweb10B", str(hub.folder / NAMES[0]), files=1)
+    monkeypatch.setattr(hub, "HfApi", lambda: types.SimpleNamespace(dataset_info=lambda *a, **k: 1 / 0))
+    assert "ZeroDivisionError" in download_error("fineweb10B", out, files=1)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert "pip install huggingface_hub" in download_error("fineweb10B", out, files=1)
+    assert not os.path.exists(out)
+
+
+def test_names_of_the_ready_made_shards():
+    for _, commit, pattern in prepare.HUB.values():
+        assert len(commit) == 40 and pattern.format("val", 0).endswith("_val_000000.bin")
+        assert pattern.format("train", 12).endswith("_train_000012.bin")
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -1,18 +1,16 @@
 """python -m pytest tests/test_train.py : the training script, run as a user runs it, at tiny size."""
 
 import json
-import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
-import torch
 
 import checkpoint
 import train_gpt2
 from config import PRESETS, TrainConfig, UserError, from_command_line, preset, problems
-from conftest import ROOT, TINY, run, write_shards
+from conftest import TINY, run, write_shards
 
 
 @pytest.fixture(scope="module")
