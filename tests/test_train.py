@@ -72,18 +72,20 @@ def test_validation_does_not_depend_on_the_micro_batch(train):
     assert val_losses(a)[0] == pytest.approx(val_losses(b)[0], abs=1e-6)
 
 
-def test_two_ranks_equal_one_process(data, tmp_path):
-    """Same total batch: the same batch hashes, losses to 1e-5 over 20 steps, the same validation loss."""
-    args = ["train_gpt2.py", "gpt2-rope", *TINY, "--max_steps", "20", "--data_root", data, "--log_dir", tmp_path, "--batch_hashes", "True"]
+def test_two_and_four_ranks_equal_one_process(data, tmp_path):
+    """Three epochs with the same total batch: the same hash of every batch, losses to 1e-5 over 20 steps, the same validation loss."""
+    args = ["train_gpt2.py", "gpt2-rope", *TINY, "--epochs", "3", "--data_root", data, "--log_dir", tmp_path, "--batch_hashes", "True"]
+    args[args.index("--total_batch") + 1] = "2048"
     records = {}
-    for nproc in (0, 2):
+    for nproc in (0, 2, 4):
         done = run(*args, "--run_name", f"n{nproc}", nproc=nproc)
         assert done.returncode == 0, done.stderr
         records[nproc] = [json.loads(line) for line in (tmp_path / f"n{nproc}" / "metrics.jsonl").read_text().splitlines()]
-    hashes = [[r["batch_hash"] for r in rs if "batch_hash" in r] for rs in records.values()]
-    assert hashes[0] == hashes[1] and len(set(hashes[0])) == 20
-    assert losses(records[0]) == pytest.approx(losses(records[2]), abs=1e-5)
-    assert val_losses(records[0]) == pytest.approx(val_losses(records[2]), abs=1e-5)
+    hashes = {n: [r["batch_hash"] for r in rs if "batch_hash" in r] for n, rs in records.items()}
+    assert hashes[0] == hashes[2] == hashes[4] and len(set(hashes[0])) == 27  # 57,000 tokens
+    for n in (2, 4):
+        assert losses(records[n])[:20] == pytest.approx(losses(records[0])[:20], abs=1e-5)
+        assert val_losses(records[n])[0] == pytest.approx(val_losses(records[0])[0], abs=1e-6)
 
 
 def test_micro_batches_change_nothing(train):
