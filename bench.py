@@ -4,6 +4,7 @@
     python bench.py step --size tiny --steps 20         in seconds
     python bench.py step --B 32 --device cuda
     python bench.py loader                              random windows out of 10B tokens, and their index
+    python bench.py save                                a checkpoint of GPT-2 (124M): training held, or waiting for the disk
 
 The two sides take turns (A B A B), so that whatever else the machine does meets both: the ratio travels, the absolute
 figures are this machine's at this hour. Each part prints a table, then one line of JSON with `ratio`, above 1 when this
@@ -20,18 +21,20 @@ import time
 import tracemalloc
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Callable, Literal
 
 import numpy as np
 import torch
 import tyro
 
+import checkpoint
 import optim
 import shards
 from config import UserError, command_line
 from distributed import autocast_dtype, compile_error, keep_freed_memory, pick_device
 from model import GPT, GPTConfig
-from runlog import environment
+from runlog import RunLog, environment
 
 SIZES = {  # n_layer, n_head, n_embd
     "tiny": (2, 2, 64),
@@ -246,6 +249,55 @@ def sparse_shards(folder: str, sizes: list[int]):
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# save: a checkpoint
+
+
+@dataclass(frozen=True)
+class Save:
+    """A checkpoint: how long checkpoint.Saver holds the training loop, against writing it while the loop waits."""
+
+    size: Literal["tiny", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"
+    rounds: int = 5  # saves of each kind
+    folder: str = ""  # directory in which the checkpoints are written, on the disk of interest; a temporary one by default
+    device: str = "auto"  # cuda, mps or cpu; auto takes the first of these that is there
+
+
+def save(args: Save) -> dict:
+    """Both write and verify the same files; the second save beside training begins when the first one's thread is done."""
+    device = pick_device(args.device)
+    n_layer, n_head, n_embd = SIZES[args.size]
+    model = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd)).to(device)
+    optimizer = optim.adamw(model, 0.0, (0.9, 0.95), 0.0)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()  # makes the moments
+    optimizer.zero_grad(set_to_none=True)
+    held, waited = [], []
+    with tempfile.TemporaryDirectory(dir=args.folder or None) as folder:
+        saver = checkpoint.Saver(Path(folder), 1, 0, model, optimizer, RunLog(), lambda message: None)
+        saver.reserve()
+        for step in range(0, 2 * args.rounds, 2):
+            saver.wait()
+            t0 = time.perf_counter()
+            saver.save(step, {})
+            held.append(round(1e3 * (time.perf_counter() - t0), 3))
+            if not saver.wait():
+                raise UserError(f"cannot write to {folder}; hint: --folder")
+            t0 = time.perf_counter()
+            path = checkpoint.save(Path(folder), step + 1, model, optimizer, {})
+            waited.append(round(1e3 * (time.perf_counter() - t0), 3))
+            size = sum(f.stat().st_size for f in path.iterdir())
+            checkpoint.prune(Path(folder), step + 1, 1, None)
+        saver.close()
+    print(f"{'checkpoint of ' + format(size / 1e9, '.2f') + ' GB':30}{'ms':>12}{'fastest':>12}{'slowest':>12}")
+    for side, ms in (("training held", held), ("waiting for the disk", waited)):
+        print(f"{side:30}{statistics.median(ms):12,.0f}{min(ms):12,.0f}{max(ms):12,.0f}")
+    return dict(ratio=statistics.median(waited) / statistics.median(held), save_ms=statistics.median(held),
+                synchronous_ms=statistics.median(waited), ours_ms=held, baseline_ms=waited, bytes=size,
+                **dataclasses.asdict(args) | dict(device=environment(device, 1)["device"]))
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # what all parts share
 
 
@@ -268,7 +320,7 @@ def take_turns(sides: dict[str, Callable], warmup: int, rounds: int) -> tuple[di
     return ms, last
 
 
-PARTS = {"step": (Step, step), "loader": (Loader, loader)}
+PARTS = {"step": (Step, step), "loader": (Loader, loader), "save": (Save, save)}
 
 
 def main():

@@ -68,6 +68,7 @@ class TrainConfig:
     # records and checkpoints
     log_interval: int = 1  # steps between log lines; the loss is read from the device only then
     save_interval: int = 1000  # steps between checkpoints; always also after the last update
+    save_minutes: float = 15  # and at least this often by the clock; 0 = by steps alone
     keep_last: int = 2  # newest checkpoints kept beside the best one
     log_dir: str = "log"  # parent of the run directory
     run_name: str = ""  # run directory inside log_dir; the preset's name unless given
@@ -75,12 +76,16 @@ class TrainConfig:
     resume: str = "auto"  # auto: continue the run of this name if there is one; never; or a checkpoint's path
     wandb: Literal["auto", "online", "offline", "off"] = "auto"  # Weights & Biases; auto = online when logged in
     wandb_project: str = "gpt2-from-scratch"  # W&B project
+    max_skipped: int = 10  # steps in a row with a loss or gradient that is no number, each skipped, before a run stops
+    accept_new_data: bool = False  # resume although the shards are not those the run began with
     batch_hashes: bool = False  # write a hash of every global batch into metrics.jsonl, to compare runs
 
     # machine
     device: str = "auto"  # cuda, mps or cpu; auto takes the first of these that is there
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matmuls; auto = bfloat16 where the device has it
     use_compile: bool = True  # torch.compile (needs a C++ compiler on the CPU)
+    deterministic: bool = False  # the same bits each time, on any number of processes with the same B; slower
+    group_timeout: float = 600  # seconds without progress after which a process ends itself and its peers
     eval_only: bool = False  # evaluate the newest checkpoint (or init_from) once, and stop
     dry_run: bool = False  # check settings and data, print the plan, and stop
 
@@ -182,9 +187,10 @@ def problems(cfg: TrainConfig, world_size: int) -> list[str]:
 
     for name in ("n_layer", "n_head", "n_embd", "vocab_size", "total_batch", "B", "T", "max_steps", "eval_interval",
                  "val_tokens", "sample_interval", "log_interval", "save_interval", "keep_last", "max_lr",
-                 "grad_norm_clip"):
+                 "grad_norm_clip", "max_skipped", "group_timeout"):
         need(getattr(cfg, name) > 0, f"{name} is {getattr(cfg, name)}, must be above 0; hint: --{name}")
-    for name in ("warmup_steps", "weight_decay", "hellaswag_limit", "n_samples", "sample_tokens", "min_lr"):
+    for name in ("warmup_steps", "weight_decay", "hellaswag_limit", "n_samples", "sample_tokens", "min_lr",
+                 "save_minutes"):
         need(getattr(cfg, name) >= 0, f"{name} is {getattr(cfg, name)}, must not be negative; hint: --{name}")
     need(all(0 <= b < 1 for b in cfg.betas), f"betas are {cfg.betas}, each must be in [0, 1); hint: --betas 0.9 0.95")
     need(cfg.epochs is None or cfg.epochs > 0, f"epochs is {cfg.epochs}, must be above 0; hint: --epochs 1")

@@ -1,14 +1,21 @@
-"""One process or many: torchrun's environment in, rank and device out."""
+"""One process or many: torchrun's environment in, rank and device out; and stopping together."""
 
 import ctypes
+import datetime
 import os
+import signal
+import socket
 import sys
-from typing import NamedTuple
+import threading
+import time
+from typing import Callable, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from config import UserError, one_line
+
+INTERRUPTED = 75  # exit status of a run that was stopped and can go on (sysexits.h: EX_TEMPFAIL, "try again later")
 
 
 class World(NamedTuple):
@@ -43,22 +50,33 @@ def keep_freed_memory():
             mallopt and mallopt(option, value)
 
 
-def setup(wanted_device: str) -> World:
-    """Join the process group when torchrun started us: NCCL on GPUs, gloo elsewhere."""
+def setup(wanted_device: str, timeout: float = 600, deterministic: bool = False) -> World:
+    """Join the process group when torchrun started us: NCCL for what is on GPUs, gloo for what is in host memory."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+        same_bits()
     device = pick_device(wanted_device, int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cpu":
         keep_freed_memory()
+        deterministic and torch.set_num_threads(1)
     if "RANK" in os.environ:
         on_gpu = device.type == "cuda"
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+        # the group's own limit comes after that of Stop, which says more and ends the hanging process, too
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", device_id=device if on_gpu else None,
+                                timeout=datetime.timedelta(seconds=timeout + 15))
     return World(rank, world_size, device)
 
 
+def same_bits():
+    """Have torch choose kernels that give the same bits each time (and warn where it has none)."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a help in finding bugs that costs time
+
+
 def all_sum(values: torch.Tensor) -> torch.Tensor:
-    """Sum over all processes, on the device that the process group works on; without torchrun the values as they are."""
+    """Sum over all processes; without torchrun the values as they are."""
     if dist.is_initialized():
-        values = values.cuda() if dist.get_backend() == "nccl" else values
         dist.all_reduce(values)
     return values
 
@@ -66,6 +84,105 @@ def all_sum(values: torch.Tensor) -> torch.Tensor:
 def barrier():
     if dist.is_initialized():
         dist.barrier()
+
+
+def from_first(make: Callable):
+    """What make() returns in the first process, in all of them; where it raises UserError, all end."""
+    box = [None, None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            box[0] = make()
+        except UserError as e:
+            box[1] = str(e)
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, 0)
+        if box[1] is not None and dist.get_rank() != 0:
+            sys.exit(2)  # the first process tells
+    if box[1] is not None:
+        raise UserError(box[1])
+    return box[0]
+
+
+class Stopped(BaseException):
+    """A run is to end now, with a checkpoint. Not an Exception: no handler of a library's may swallow it."""
+
+
+class Stop:
+    """Stopping together. A signal to one process, or a fault met by one, makes poll() raise Stopped in all of them.
+
+    SIGTERM (clouds, schedulers), SIGINT (Ctrl-C; the second one kills), SIGUSR1 (Slurm's --signal), SIGHUP (a terminal
+    closed), unless they were to be ignored (nohup). Until `armed` there is nothing to save, and a signal raises Stopped
+    where it is. A watchdog thread ends this process and its peers on
+    this machine when poll() was not called for timeout seconds: torchrun alone would give a hung process, which cannot
+    answer its SIGTERM, another 30 s.
+    """
+
+    def __init__(self, world: World, timeout: float):
+        self.reason, self.error, self.armed, self.beat, self.interrupted = "", None, False, time.monotonic(), None
+        names = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")  # Windows has the first two
+        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        self.before = {n: signal.signal(n, self.on_signal) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
+        self.closed = threading.Event()
+        if world.world_size > 1:
+            peers = [None] * world.world_size
+            dist.all_gather_object(peers, (socket.gethostname(), os.getpid()))
+            mine = peers.pop(world.rank)
+            # a descriptor, not a number: another program may get the number of a process that has ended
+            peers = [os.pidfd_open(pid) for host, pid in peers if host == mine[0] and hasattr(os, "pidfd_open")]
+            threading.Thread(target=self.watch, args=(world.rank, timeout, peers), daemon=True, name="watchdog").start()
+
+    def on_signal(self, number: int, _frame):
+        under_torchrun, now = "TORCHELASTIC_RUN_ID" in os.environ, time.monotonic()
+        if number == signal.SIGINT:
+            if self.interrupted is None:
+                self.interrupted = now
+                if not under_torchrun:
+                    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the kernel ends us next time, whatever runs then
+            elif now - self.interrupted > 2:  # torchrun hands on the Ctrl-C that the terminal has sent us already
+                os._exit(130)
+        self.reason = self.reason or signal.Signals(number).name
+        if not self.armed:
+            raise Stopped
+
+    def ask(self, error: UserError):
+        """Stop for an error that this process met; the caller raises it once the checkpoint is written."""
+        self.reason, self.error = self.reason or "error", self.error or error
+
+    def poll(self, save_due: bool = False) -> bool:
+        """Whether a checkpoint is due in any process. Raises Stopped in all when one wants to stop.
+
+        To be called equally often by all processes. Host memory and gloo: nothing waits for a GPU.
+        """
+        self.beat = time.monotonic()
+        flags = torch.tensor([bool(self.reason), save_due], dtype=torch.int32)
+        if dist.is_initialized():
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        stop, save_due = flags.tolist()
+        if stop:
+            raise Stopped
+        return bool(save_due)
+
+    def watch(self, rank: int, timeout: float, peers: list[int]):
+        tick = time.monotonic()
+        while not self.closed.wait(1):
+            slept, tick = time.monotonic() - tick, time.monotonic()
+            if slept > 10:  # this machine or the whole job was suspended: nobody hangs
+                self.beat = tick
+            if tick - self.beat > timeout:
+                print(f"error (rank {rank}): no progress for {timeout:g} s, a process hangs or is gone: ending all on "
+                      "this machine; hint: a longer --group_timeout if a step may take that long", file=sys.stderr,
+                      flush=True)
+                for peer in peers:
+                    try:
+                        signal.pidfd_send_signal(peer, signal.SIGKILL)
+                    except ProcessLookupError:
+                        pass
+                os._exit(1)
+
+    def close(self):
+        self.closed.set()
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def autocast_dtype(device: torch.device, wanted: str) -> torch.dtype:

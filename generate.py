@@ -19,12 +19,15 @@ from tokenizer import EOT, N_VOCAB, gpt2
 
 @torch.no_grad()
 def sample(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: float, top_k: int,
-           generator: torch.Generator) -> torch.Tensor:
+           generator: torch.Generator, stopped=lambda: False) -> torch.Tensor:
     """Append max_new_tokens sampled ids to idx (B, T). temperature 0 takes the likeliest; top_k 0 takes all ids.
 
     Beyond the block size the model sees the newest block_size tokens. Ids that pad the vocabulary are never drawn.
+    Ends early once stopped() is true.
     """
     for _ in range(max_new_tokens):
+        if stopped():
+            break
         hidden = model.trunk(idx[:, -model.config.block_size:])[:, -1]  # (B, C)
         logits = model.head(hidden)[:, :N_VOCAB].float()  # the head on the last position only: it is the dearest part
         if temperature == 0:
@@ -39,7 +42,7 @@ def sample(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: floa
 
 
 def sample_texts(model: GPT, prompt: str, n: int, max_new_tokens: int, temperature: float = 1.0, top_k: int = 50,
-                 seed: int = 42) -> list[str]:
+                 seed: int = 42, stopped=lambda: False) -> list[str]:
     """n continuations of a prompt, prompt included, each cut at its first <|endoftext|>. A function of the arguments.
 
     An empty prompt means the beginning of a document.
@@ -47,7 +50,7 @@ def sample_texts(model: GPT, prompt: str, n: int, max_new_tokens: int, temperatu
     device = next(model.parameters()).device
     ids = gpt2().encode_ordinary(prompt) or [EOT]
     idx = torch.tensor([ids] * n, device=device)
-    out = sample(model, idx, max_new_tokens, temperature, top_k, torch.Generator(device).manual_seed(seed))
+    out = sample(model, idx, max_new_tokens, temperature, top_k, torch.Generator(device).manual_seed(seed), stopped)
     texts = []
     for row in out.tolist():
         new = row[len(ids):]

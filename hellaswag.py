@@ -43,16 +43,19 @@ def load(path: Path, limit: int, say=print) -> list[dict] | None:
 
 
 @torch.no_grad()
-def evaluate(model, items: list[dict], world: World, autocast, batch_items: int = 8) -> dict:
+def evaluate(model, items: list[dict], world: World, autocast, batch_items: int = 8, poll=lambda: None) -> dict:
     """acc, acc_norm, its standard error and the number of items. Items are split over the processes, counts summed.
 
-    Rows of similar length go together, padded on the right: causal attention never looks there.
+    Rows of similar length go together, padded on the right: causal attention never looks there. poll() is called before
+    each batch, equally often in all processes.
     """
     right = torch.zeros(2, dtype=torch.float64)
     longest = lambda item: len(item["ctx"]) + max(map(len, item["endings"]))
     mine = sorted(items[world.rank::world.world_size], key=longest)
-    for at in range(0, len(mine), batch_items):
-        batch = mine[at: at + batch_items]
+    for at in range(0, -(-len(items) // world.world_size), batch_items):
+        poll()
+        if not (batch := mine[at: at + batch_items]):
+            continue
         rows = [(item["ctx"], ending) for item in batch for ending in item["endings"]]
         T = min(max(len(c) + len(e) for c, e in rows) - 1, model.config.block_size)
         x, y = torch.zeros(len(rows), T, dtype=torch.int64), torch.full((len(rows), T), -1)

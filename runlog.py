@@ -4,14 +4,19 @@ import dataclasses
 import json
 import os
 import platform
+import queue
+import re
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from config import one_line
+from config import UserError, one_line
+from distributed import World, all_sum
 from shards import Windows
 from tokenizer import N_VOCAB
 
@@ -62,58 +67,86 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for key, peak in table.items() if key in name), None)
 
 
-class RunLog:
-    """Writes records on the process that has the run directory; does nothing on the others (run_dir None).
+def say(message: str):
+    """One line on the console. A console that is gone or a full disk behind it never stops a run."""
+    try:
+        print(message, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")
+    except OSError:
+        pass
 
-    One JSON object a line in metrics.jsonl, flushed at once: what was logged survives a crash. A resumed run cuts the
-    file to the step it goes on from, so that no step stands there twice.
+
+class RunLog:
+    """Writes records in the process that has opened a run directory; does nothing in the others.
+
+    One JSON object a line in metrics.jsonl, handed to the system at once: what was logged survives a crash. A resumed run
+    cuts the file to the step it goes on from, so that no step stands there twice. What cannot be written (disk full)
+    is kept and tried again with the next line; the run goes on.
     """
 
-    def __init__(self, run_dir: Path | None, resume_step: int = 0, wandb_run=None):
-        self.file, self.run_dir, self.wandb_run = None, run_dir, wandb_run
-        if run_dir is None:
-            return
-        path = run_dir / "metrics.jsonl"
-        kept = [line for line in path.read_text().splitlines() if keeps(line, resume_step)] if path.exists() else []
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        os.replace(temporary, path)
-        self.file = open(path, "a")
+    def __init__(self):
+        self.run_dir, self.wandb, self.file, self.waiting, self.lock = None, None, None, [], threading.Lock()
 
-    def say(self, message: str):
-        """One line on the console of the first process."""
-        if self.run_dir is not None:
-            print(message, flush=True)
+    def open(self, run_dir: Path, resume_step: int = 0):
+        """Raises UserError when another process writes there, before anything is changed."""
+        path = run_dir / "metrics.jsonl"
+        file = open(path, "r+b" if path.exists() else "w+b", buffering=0)
+        try:
+            import fcntl  # not on Windows
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go by the system when this process ends
+        except BlockingIOError:
+            raise UserError(f"another process is writing to {run_dir}; hint: wait for it, or --run_name NEW")
+        except (ImportError, OSError):  # a file system without locks
+            pass
+        self.run_dir, self.file = run_dir, file
+        kept = b"".join(line for line in self.file.read().splitlines(keepends=True) if keeps(line, resume_step))
+        self.file.seek(0)
+        self.file.write(kept)
+        self.file.truncate()
+        self.end = len(kept)  # byte at which the next line goes
+        cut_samples(run_dir / "samples.txt", resume_step)
 
     def write(self, record: dict):
         """Append to metrics.jsonl and to W&B; record["step"] is the number of updates done."""
         if self.file is None:
             return
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
-        if self.wandb_run is not None:
+        with self.lock:  # a thread that saves writes, too
+            self.waiting.append(json.dumps(record).encode() + b"\n")
+            data = b"".join(self.waiting)
             try:
-                self.wandb_run.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
-            except Exception as e:  # W&B must never stop a run
-                self.say(f"wandb | off from here: {one_line(e)}")
-                self.wandb_run = None
+                self.file.seek(self.end)
+                if (written := self.file.write(data)) != len(data):
+                    raise OSError(f"{written} of {len(data)} bytes written")
+                self.waiting, self.end = [], self.end + len(data)
+            except OSError as e:
+                if len(self.waiting) == 1:
+                    say(f"step {record['step']} | metrics.jsonl not written, the lines are kept for later: {one_line(e)}")
+        if self.wandb is not None:
+            self.wandb.queue.put(record)
+
+    def sync(self):
+        """To the disk, before a checkpoint that goes on from here gets there."""
+        try:
+            self.file is None or os.fsync(self.file.fileno())
+        except OSError:
+            pass  # write() has told
 
     def close(self):
         if self.file is None:
             return
-        self.file.close()
         try:
+            self.file.close()
             curves(self.run_dir)
         except ImportError:
-            self.say("curves | not drawn: matplotlib is missing; hint: pip install matplotlib")
-        if self.wandb_run is not None:
-            try:
-                self.wandb_run.finish()
-            except Exception as e:
-                self.say(f"wandb | {one_line(e)}")
+            say("curves | not drawn: matplotlib is missing; hint: pip install matplotlib")
+        except (OSError, ValueError) as e:
+            say(f"curves | not drawn: {one_line(e)}")
+        if self.wandb is not None:
+            self.wandb.close()
 
 
-def keeps(line: str, resume_step: int) -> bool:
+def keeps(line: bytes, resume_step: int) -> bool:
     """Whether a line of metrics.jsonl stays when a run goes on from a step (0: afresh): all up to the update that made
     the checkpoint, and the saving itself; the evaluation that followed is done again."""
     try:
@@ -123,23 +156,96 @@ def keeps(line: str, resume_step: int) -> bool:
     return record["step"] < resume_step or (record["step"] == resume_step > 0 and "val/loss" not in record)
 
 
-def start_wandb(cfg, run_id: str | None, run_dir: Path, say):
-    """A W&B run, or None. "auto" goes online only when logged in, without asking; failures are told in one line.
+def cut_samples(path: Path, resume_step: int):
+    """Take the samples from resume_step on out of samples.txt: they will be drawn again, the same ones."""
+    if path.exists():
+        text = path.read_bytes()
+        again = [m.start() for m in re.finditer(rb"^=== step (\d+), sample", text, re.M) if int(m[1]) >= resume_step]
+        os.truncate(path, min(again, default=len(text)))
 
-    The key is looked for in the environment and in .netrc only: wandb itself would prompt, or wait 90 s for its server.
+
+class Meter:
+    """Loss, gradient norm and speed of each step, kept on the device until a line is due: then one trip for all."""
+
+    def __init__(self, cfg, flops: float, world: World, log: RunLog, say):
+        self.cfg, self.flops, self.world, self.log, self.say = cfg, flops, world, log, say  # flops: of one token
+        self.peak = peak_flops(world.device)
+        self.in_a_row = 0  # steps skipped since the last good one
+        self.restart()
+
+    def restart(self):
+        """Start the clock: what lay before (saving, evaluating, sampling) does not count."""
+        self.pending, self.clock, self.waited = [], time.perf_counter(), 0.0
+
+    def add(self, step: int, lr: float, loss: torch.Tensor, norm: torch.Tensor, healthy: torch.Tensor, digest: int):
+        self.pending.append((step, lr, torch.stack([loss, norm, healthy.float()]), digest % 2**64))
+
+    def flush(self):
+        """Write the records of the pending steps, and a line for the last of them."""
+        if not self.pending:
+            return
+        cfg, n = self.cfg, len(self.pending)
+        numbers = torch.stack([p[2] for p in self.pending]).tolist()  # here the host waits for the device
+        dt = (time.perf_counter() - self.clock) / n
+        tok_s = cfg.total_batch / dt
+        mfu = tok_s * self.flops / (self.peak * self.world.world_size) if self.peak else None
+        hashes = self.hashes() if cfg.batch_hashes else [{}] * n
+        for (step, lr, _, _), (loss, norm, healthy), batch_hash in zip(self.pending, numbers, hashes):
+            record = {"step": step, "train/loss": loss if healthy else None, "train/lr": lr,
+                      "train/norm": norm if healthy else None, **batch_hash}
+            if not healthy:
+                first = (step - 1) * (cfg.total_batch // cfg.T)
+                record |= {"skipped": f"loss {loss}, norm {norm}", "windows": [first, first + cfg.total_batch // cfg.T - 1]}
+                self.say(f"step {step} | skipped, no update: {record['skipped']} | windows {record['windows']}")
+            self.in_a_row = 0 if healthy else self.in_a_row + 1
+            self.log.write(record | {"dt_ms": dt * 1e3, "data_ms": self.waited / n * 1e3, "tok_s": tok_s, "mfu": mfu})
+        self.say(f"step {step}/{cfg.max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {dt * 1e3:.0f} ms | "
+                 f"{tok_s:,.0f} tok/s{f' | mfu {mfu:.1%}' if mfu else ''} | {remaining(dt * (cfg.max_steps - step))} left")
+        self.restart()
+
+    def hashes(self) -> list[dict]:
+        """--batch_hashes: sums over the processes modulo 2**64, added in halves so that nothing overflows."""
+        halves = all_sum(torch.tensor([[p[3] >> 32, p[3] & 0xFFFFFFFF] for p in self.pending])).tolist()
+        return [{"batch_hash": f"{((high << 32) + low) % 2**64:016x}"} for high, low in halves]
+
+
+def remaining(seconds: float) -> str:
+    hours, minutes = int(seconds // 3600), int(seconds % 3600 // 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {int(seconds % 60):02d} s"
+
+
+class Wandb:
+    """Weights & Biases in a thread of its own: however slow or absent the network, nothing of it holds or stops a run.
+
+    "auto" goes online only when a key is there (in the environment or .netrc; wandb itself would prompt for one).
+    Failures are told in one line.
     """
-    if cfg.wandb == "off" or (cfg.wandb == "auto" and not wandb_logged_in()):
-        return None
-    try:
-        import wandb
-        run = wandb.init(project=cfg.wandb_project, name=cfg.run_name, id=run_id, resume="allow" if run_id else None,
-                         dir=run_dir, config=dataclasses.asdict(cfg), mode="offline" if cfg.wandb == "offline" else "online",
-                         settings=wandb.Settings(init_timeout=20, silent=True))
-        say(f"wandb | {run.url or 'offline, in ' + str(run_dir / 'wandb')}")
-        return run
-    except Exception as e:
-        say(f"wandb | not used: {one_line(e)}")
-        return None
+
+    def __init__(self, cfg, run_id: str | None, run_dir: Path):
+        self.id, self.queue = run_id, queue.SimpleQueue()
+        self.thread = threading.Thread(target=self.work, args=(cfg, run_dir), daemon=True, name="wandb")
+        if cfg.wandb in ("online", "offline") or cfg.wandb == "auto" and wandb_logged_in():
+            self.thread.start()
+
+    def work(self, cfg, run_dir: Path):
+        try:
+            import wandb
+            run = wandb.init(project=cfg.wandb_project, name=cfg.run_name, id=self.id, resume="allow" if self.id else None,
+                             dir=run_dir, config=dataclasses.asdict(cfg),
+                             mode="offline" if cfg.wandb == "offline" else "online",
+                             settings=wandb.Settings(init_timeout=60, silent=True))
+            self.id = run.id
+            say(f"wandb | {run.url or 'offline, in ' + str(run_dir / 'wandb')}")
+            while record := self.queue.get():
+                run.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+            run.finish()
+        except Exception as e:  # wandb has many
+            say(f"wandb | off from here: {one_line(e)}; hint: --wandb offline, then `wandb sync`")
+
+    def close(self, seconds: float = 30):
+        self.queue.put(None)
+        if self.thread.is_alive():
+            self.thread.join(seconds)
 
 
 def wandb_logged_in() -> bool:
@@ -150,7 +256,7 @@ def wandb_logged_in() -> bool:
 def read_metrics(run_dir: Path) -> list[dict]:
     """The records of a run, in the order written."""
     with open(Path(run_dir) / "metrics.jsonl") as f:
-        return [json.loads(line) for line in f]
+        return [json.loads(line) for line in f if line.endswith("\n")]  # a crash may have cut the last one
 
 
 def curves(run_dir: Path):

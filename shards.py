@@ -33,6 +33,8 @@ from tokenizer import EOT
 
 BIN_MAGIC, BIN_HEADER = 20240520, 1024  # llm.c: magic number, bytes of header (256 int32)
 PREADV = hasattr(os, "preadv")  # one system call for a window instead of two; not on Windows
+RESTORE = "hint: restore the shard, then run the same command to resume"
+LOOK = 1.0  # seconds between looks at whether a shard's file is still the same: one costs 2 us, reading a window 3 us
 AHEAD = 4096  # windows located at a time: numpy takes as long for 64 as for 1,000
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -44,11 +46,18 @@ class Shard(NamedTuple):
     start: int  # byte at which the token ids begin
     tokens: int
     sha256: str | None = None  # of the file, where manifest.json gives one
+    stamp: tuple = ()  # size, time of change and number of the file when it was opened
+
+
+def stamp(path: str) -> tuple:
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def open_shard(path: str) -> Shard:
     """Check a shard's header against the file's size. Raises ValueError saying what is wrong."""
-    size = os.path.getsize(path)
+    found = stamp(path)
+    size = found[0]
     with open(path, "rb") as f:
         if path.endswith(".bin"):
             header = np.frombuffer(f.read(BIN_HEADER), dtype=np.int32)
@@ -64,7 +73,7 @@ def open_shard(path: str) -> Shard:
             start, tokens = f.tell(), shape[0]
     if size != start + 2 * tokens:
         raise ValueError(f"its header says {tokens} tokens = {start + 2 * tokens} bytes, the file has {size}")
-    return Shard(path, start, tokens)
+    return Shard(path, start, tokens, stamp=found)
 
 
 def open_shards(root: str, split: str, T: int, wrong: list[str] | None = None) -> list[Shard]:
@@ -141,21 +150,28 @@ def verify(shards: list[Shard], wrong: list[str]):
     """Add to wrong the shards that differ from manifest.json: a background thread, asleep four fifths of the time."""
     for shard in shards:
         if shard.sha256 and scan(shard, idle=4)[0] != shard.sha256:
-            wrong.append(f"{shard.path} is damaged: its SHA-256 is not that in manifest.json; hint: restore it, then "
-                         "run the same command to resume")
+            wrong.append(f"{shard.path} is damaged: its SHA-256 is not that in manifest.json; {RESTORE}")
 
 
-def fingerprint(windows: "Windows", n: int | None = None) -> str:
-    """Names the data of a run: file names, sizes and manifest hashes of the (first n) shards. Resuming compares it."""
-    names = [(os.path.basename(s.path), s.tokens, s.sha256) for s in windows.shards[:n]]
-    return hashlib.blake2b(repr(names).encode(), digest_size=8).hexdigest()
+def fingerprints(shards: list[Shard]) -> list[str]:
+    """Names of the data of a run, one for each number of shards: over their file names, tokens and hashes (where there is
+    no manifest, of 4 KB at 16 places). Resuming compares them."""
+    digest, names = hashlib.blake2b(digest_size=8), []
+    for s in shards:
+        if (content := s.sha256) is None:
+            places = np.linspace(s.start, s.start + 2 * s.tokens, 16, endpoint=False).astype(int).tolist()
+            with open(s.path, "rb") as f:
+                content = hashlib.sha256(b"".join(f.read(4096) for at in places if f.seek(at))).hexdigest()
+        digest.update(repr((os.path.basename(s.path), s.tokens, content)).encode())
+        names.append(digest.hexdigest())
+    return names
 
 
 def as_begun(windows: "Windows", data: str) -> "Windows | None":
     """The windows of the run of this fingerprint, without shards downloaded since it began; None: it had other data."""
-    for n in range(len(windows.shards), 0, -1):
-        if fingerprint(windows, n) == data:
-            return Windows(windows.shards[:n], windows.T, windows.data_order, windows.seed, windows.vocab_size)
+    if data in (names := fingerprints(windows.shards)):
+        n = names.index(data) + 1
+        return Windows(windows.shards[:n], windows.T, windows.data_order, windows.seed, windows.vocab_size)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -214,6 +230,7 @@ class Windows:
         self.sizes = np.array([s.tokens for s in shards])
         self.epoch_starts = [0]  # position of the first window of each epoch met so far
         self.files, self.documents = {}, {}  # caches: open files, document index of the shards last used
+        self.looked = {}  # when each shard's file was last compared with what it was
 
     def offset(self, epoch: int) -> int:
         """Tokens left out at the beginning of each shard: 0 in epoch 0, then random, leaving one window at least."""
@@ -262,10 +279,15 @@ class Windows:
     def fetch(self, places: np.ndarray, out: np.ndarray):
         """Fill out (n, T + 1) uint16 with the windows at places (3, n), as locate gives them.
 
-        Raises UserError for a shard that has become shorter, or a token id beyond vocab_size (a device-side assertion
-        on a GPU).
+        Raises UserError for a shard that was cut, replaced or removed, or a token id beyond vocab_size (a device-side
+        assertion on a GPU).
         """
         read = self._read_documents if self.data_order == "documents" else self._read_tokens
+        now = time.monotonic()
+        for shard in set(places[1].tolist()):
+            if now - self.looked.get(shard, -LOOK) >= LOOK:
+                self._look(shard)
+                self.looked[shard] = now
         for row, epoch, shard, token in zip(out, *places.tolist()):
             read(row, shard, token, epoch)
         if (largest := int(out.max())) >= self.vocab_size:
@@ -273,18 +295,31 @@ class Windows:
             raise UserError(f"{path} has token id {largest}, beyond vocab_size {self.vocab_size}; hint: is it GPT-2's "
                             f"tokenizer's? --vocab_size {-(-(largest + 1) // 128) * 128} accepts it")
 
+    def _look(self, shard: int):
+        """Raise UserError when a shard's file is not the one that was opened when the run began."""
+        path, at_start = self.shards[shard].path, self.shards[shard].stamp
+        try:
+            found = stamp(path)
+        except OSError as e:
+            raise UserError(f"{path} cannot be read any more ({e.strerror}); {RESTORE}")
+        if at_start and found != at_start:
+            what = f"has {found[0]} bytes now, not {at_start[0]}" if found[0] != at_start[0] else "was replaced or rewritten"
+            raise UserError(f"{path} {what} since the run began; {RESTORE}")
+
     def _read_tokens(self, row: np.ndarray, shard: int, token: int, epoch: int = 0):
         # Unbuffered reads rather than a memory map: the pages of a map count as this process's memory, and a shard that
         # shrinks under it is a crash (SIGBUS) instead of an error that names the file.
-        if (file := self.files.get(shard)) is None:
-            if len(self.files) >= 256:  # stay clear of the usual limit of 1,024 open files
-                self.files.pop(next(iter(self.files))).close()
-            file = self.files[shard] = open(self.shards[shard].path, "rb", buffering=0)
-        at = self.shards[shard].start + 2 * token
-        read = os.preadv(file.fileno(), (row,), at) if PREADV else (file.seek(at), file.readinto(row))[1]
+        path, at = self.shards[shard].path, self.shards[shard].start + 2 * token
+        try:
+            if (file := self.files.get(shard)) is None:
+                if len(self.files) >= 256:  # stay clear of the usual limit of 1,024 open files
+                    self.files.pop(next(iter(self.files))).close()
+                file = self.files[shard] = open(path, "rb", buffering=0)
+            read = os.preadv(file.fileno(), (row,), at) if PREADV else (file.seek(at), file.readinto(row))[1]
+        except OSError as e:
+            raise UserError(f"{path} cannot be read ({e.strerror}); {RESTORE}")
         if read != row.nbytes:
-            raise UserError(f"{self.shards[shard].path} has become shorter, no {len(row)} tokens at {token}; "
-                            "hint: restore the shard, then run the same command to resume")
+            raise UserError(f"{path} has become shorter, no {len(row)} tokens at {token}; {RESTORE}")
 
     def _read_documents(self, row: np.ndarray, shard: int, token: int, epoch: int):
         """A window of the shard as if its documents stood in this epoch's order."""
@@ -301,7 +336,7 @@ class Windows:
         if (epoch, shard) not in self.documents:
             if len(self.documents) >= 2:  # a batch lies in one shard or two; 100M tokens: 100k documents, 2 MB
                 self.documents.pop(next(iter(self.documents)))
-            starts, (_, start, tokens, _) = [], self.shards[shard]
+            starts, start, tokens = [], self.shards[shard].start, self.shards[shard].tokens
             with open(self.shards[shard].path, "rb") as f:
                 f.seek(start)
                 for at in range(0, tokens, 1 << 22):  # 8 MB at a time
@@ -405,13 +440,14 @@ def batch_digest(rows: np.ndarray, first: int) -> int:
 def val_batches(windows: Windows, val_tokens: int, B: int, rank: int, world_size: int, device: torch.device):
     """Yield (x, y) over the first val_tokens of a split, each (B, T), always the same windows, shared by the processes.
 
-    Every batch has the same shape (a compiled model never recompiles): rows past the end have targets of -1, which do
-    not count. Sum the losses, then divide: the result does not depend on B or on the number of processes.
+    Every batch has the same shape (a compiled model never recompiles), and every process gets as many: rows past the
+    end have targets of -1, which do not count. Sum the losses, then divide: the result does not depend on B or on the
+    number of processes.
     """
     n = min(val_tokens // windows.T, windows.per_epoch(0))
     mine = np.arange(rank, n, world_size)
     rows = torch.zeros(B, windows.T + 1, dtype=torch.int16)
-    for at in range(0, len(mine), B):
+    for at in range(0, -(-n // world_size), B):
         wanted = mine[at: at + B]
         windows.read(wanted, rows.numpy().view(np.uint16)[: len(wanted)])
         x, y = to_ids(rows, device)

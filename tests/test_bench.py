@@ -95,3 +95,11 @@ def test_mistakes_are_one_line():
     done = run(*TINY, "--B", "0")
     assert done.returncode == 2 and done.stderr.startswith("error: B is 0") and "hint: --B" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_save_prints_a_table_and_one_line_of_json(tmp_path):
+    done = run("bench.py", "save", "--size", "tiny", "--rounds", "2", "--device", "cpu", "--folder", tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    assert result["ratio"] == pytest.approx(result["synchronous_ms"] / result["save_ms"]) and len(result["ours_ms"]) == 2
+    assert result["bytes"] > 3 * 4 * 50304 * 64 and not list(tmp_path.iterdir())
