@@ -5,6 +5,7 @@
     python bench.py step --B 32 --device cuda
     python bench.py loader                              random windows out of 10B tokens, and their index
     python bench.py save                                a checkpoint of GPT-2 (124M): training held, or waiting for the disk
+    python bench.py hellaswag                           packed rows against one item at a time
 
 The two sides take turns (A B A B), so that whatever else the machine does meets both: the ratio travels, the absolute
 figures are this machine's at this hour. Each part prints a table, then one line of JSON with `ratio`, above 1 when this
@@ -27,12 +28,15 @@ from typing import Callable, Literal
 import numpy as np
 import torch
 import tyro
+from torch.nn import functional as F
 
 import checkpoint
+import generate
+import hellaswag
 import optim
 import shards
 from config import UserError, command_line
-from distributed import autocast_dtype, compile_error, keep_freed_memory, pick_device
+from distributed import World, autocast_dtype, compile_error, keep_freed_memory, pick_device
 from model import GPT, GPTConfig
 from runlog import RunLog, environment
 
@@ -298,6 +302,84 @@ def save(args: Save) -> dict:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# hellaswag: an evaluation
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """HellaSwag, gpt2 protocol: packed rows against one item at a time, four padded rows, all logits."""
+
+    size: Literal["tiny", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"  # of the model when none is given
+    model: str = ""  # run directory, checkpoint, or Hugging Face name or folder; random weights unless given
+    data: str = str(hellaswag.DATA)  # jsonl or jsonl.gz
+    items: int = 100  # items in each turn
+    rounds: int = 3  # turns of each side, each with items of its own
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matmuls; auto = bfloat16 where the device has it
+    device: str = "auto"  # cuda, mps or cpu; auto takes the first of these that is there
+
+
+def evaluation(args: Evaluation) -> dict:
+    """Both score the same items with the same weights; where they choose differently is counted."""
+    device = pick_device(args.device)
+    if device.type == "cpu":
+        keep_freed_memory()  # for both sides
+    if not Path(args.data).exists():
+        raise UserError(f"no such file: {args.data}; hint: --data FILE (python hellaswag.py fetches it)")
+    torch.manual_seed(1)
+    n_layer, n_head, n_embd = SIZES[args.size]
+    model = generate.load(args.model) if args.model else GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd))
+    model, dtype = model.to(device), autocast_dtype(device, args.dtype)
+    autocast = lambda: torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    chosen = hellaswag.load(Path(args.data), "gpt2", args.items * args.rounds)
+    texts = [chosen.tokens[e - n: e].tolist() for n, e in zip(chosen.lengths.sum(1), chosen.lengths.sum(1).cumsum())]
+    ms, losses = {"ours": [], "usual way": []}, {"ours": [], "usual way": []}
+    world = World(0, 1, device)
+    for turn in range(-1, args.rounds):  # the first turn is the warm-up
+        part = slice(max(turn, 0) * args.items, (max(turn, 0) + 1) * args.items)
+        paths = slice(4 * part.start, 4 * part.stop)
+        mine = chosen._replace(tokens=np.concatenate(texts[paths]).astype(np.uint16), lengths=chosen.lengths[paths],
+                               divisors=chosen.divisors[paths], labels=chosen.labels[part])
+        ours = hellaswag.HellaSwag(mine, model, world, autocast, compiled=True)
+        usual = lambda: np.array([usual_item(model, texts[4 * i: 4 * i + 4], chosen.lengths[4 * i: 4 * i + 4, 0], autocast)
+                                  for i in range(part.start, part.stop)])
+        for side, run in (("ours", ours.losses), ("usual way", usual)):
+            t0 = time.perf_counter()
+            found = run()
+            if turn >= 0:
+                ms[side].append(round(1e3 * (time.perf_counter() - t0), 3))
+                losses[side].append(found)
+    a, b = (np.concatenate(losses[side]) for side in losses)
+    differ = np.sort(a, 1)[:, 1] - np.sort(a, 1)[:, 0] > 1e-5  # of those that are no draw
+    differ &= a.argmin(1) != b.argmin(1)
+    speed = {side: 1e3 * args.items / statistics.median(values) for side, values in ms.items()}
+    print(f"\n{'HellaSwag':30}{'items/s':>12}{'slowest':>12}{'fastest':>12}")
+    for side, values in ms.items():
+        rates = speed[side], 1e3 * args.items / max(values), 1e3 * args.items / min(values)
+        print(f"{side:30}" + "".join(f"{rate:12,.1f}" for rate in rates))
+    print(f"other choices on {differ.sum()} of {len(a)} items; largest difference of an ending's loss {abs(a - b).max():.1e}")
+    return dict(ratio=speed["ours"] / speed["usual way"], ratios=[u / o for o, u in zip(ms["ours"], ms["usual way"])],
+                items_s=speed["ours"], baseline_items_s=speed["usual way"], other_choices=int(differ.sum()),
+                largest_difference=abs(a - b).max().item(), ours_ms=ms["ours"], baseline_ms=ms["usual way"],
+                **dataclasses.asdict(args) | dict(device=environment(device, 1)["device"],
+                                                  dtype=str(dtype).removeprefix("torch.")))
+
+
+@torch.no_grad()
+def usual_item(model, texts: list[list[int]], contexts: np.ndarray, autocast) -> list[float]:
+    """Losses of an item's four endings as build-nanogpt and its followers get them: four padded rows, all logits."""
+    T = max(map(len, texts))
+    ids, scored = torch.zeros(4, T, dtype=torch.long), torch.zeros(4, T)
+    for row, (text, n) in enumerate(zip(texts, contexts)):
+        ids[row, : len(text)] = torch.tensor(text)
+        scored[row, n: len(text)] = 1
+    ids, scored = ids.to(next(model.parameters()).device), scored.to(next(model.parameters()).device)
+    with autocast():
+        logits = model(ids)
+    nats = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(4, -1)
+    return (nats * scored[:, 1:]).sum(1).tolist()
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # what all parts share
 
 
@@ -320,7 +402,7 @@ def take_turns(sides: dict[str, Callable], warmup: int, rounds: int) -> tuple[di
     return ms, last
 
 
-PARTS = {"step": (Step, step), "loader": (Loader, loader), "save": (Save, save)}
+PARTS = {"step": (Step, step), "loader": (Loader, loader), "save": (Save, save), "hellaswag": (Evaluation, evaluation)}
 
 
 def main():

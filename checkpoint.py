@@ -88,7 +88,7 @@ def checksum(state: dict) -> str:
 def fsync(path: Path):
     if os.name == "nt" and path.is_dir():
         return  # Windows has no handle for a directory
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows syncs what can be written alone
     try:
         os.fsync(descriptor)
     finally:
@@ -140,8 +140,8 @@ class Saver:
         self.allocate()
         for file, tensors in contents(self.model, self.optimizer).items():
             for name, t in tensors.items():
-                self.copies[file, name].copy_(t, non_blocking=True)
-        if torch.cuda.is_available():
+                self.copies[file, name].copy_(t, non_blocking=t.is_cuda)
+        if next(self.model.parameters()).is_cuda:
             torch.cuda.synchronize()
         state = state | dict(gpt_config=dataclasses.asdict(self.model.config),
                              val_losses={str(k): v for k, v in self.losses.items()}, best=self.best())
@@ -155,7 +155,7 @@ class Saver:
         try:
             path = write(self.ckpt_dir, step, tensors, state)
             prune(self.ckpt_dir, step, self.keep_last, self.best()["step"])
-        except (OSError, SafetensorError) as e:
+        except Exception as e:  # whatever it was: it must not end training
             last = [p.name for p in steps(self.ckpt_dir) if step_of(p) < step][-1:]
             self.say(f"step {step} | NOT saved: {one_line(e)}; the last checkpoint is {', '.join(last) or 'none'}, "
                      f"the next save tries again; hint: make room in {self.ckpt_dir}")
@@ -178,7 +178,7 @@ class Saver:
 
     def best(self) -> dict:
         """The step with the lowest validation loss among those with a checkpoint, and that loss."""
-        there = {k: v for k, v in self.losses.items() if (self.ckpt_dir / f"step_{k:06d}").exists() or k == self.step}
+        there = {k: v for k, v in list(self.losses.items()) if (self.ckpt_dir / f"step_{k:06d}").exists() or k == self.step}
         step = min(there, key=there.get, default=None)
         return {"step": step, "val_loss": there.get(step)}
 
@@ -187,7 +187,7 @@ def prune(ckpt_dir: Path, step: int, keep_last: int, best: int | None):
     """Delete all but the newest keep_last checkpoints up to the one just written, at `step`, and the best one."""
     for path in [p for p in steps(ckpt_dir) if step_of(p) <= step][:-keep_last]:
         if step_of(path) != best:
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # what cannot be deleted stays, and is tried again next time
 
 
 def need_space(ckpt_dir: Path, model: GPT, keep_last: int):
@@ -268,7 +268,7 @@ def restore(path: Path, model: GPT, optimizer: torch.optim.Optimizer | None = No
     moments = load_file(path / "optimizer.safetensors") if first and optimizer else {}
     for key, shape, dtype in from_first(read):
         name, _, moment = key.rpartition(".")
-        value = moments[key] if first else torch.empty(shape, dtype=dtype)
+        value = moments[key].clone() if first else torch.empty(shape, dtype=dtype)  # what was read is a map of the file
         on_cpu = moment == "step" and params[name].device.type not in ("cpu", "cuda")  # where the unfused AdamW keeps it
         optimizer.state[params[name]][moment] = value if on_cpu else value.to(params[name].device)
     if dist.is_initialized():
@@ -340,6 +340,9 @@ def open_run(cfg, run_dir: Path, ckpt_dir: Path, say) -> tuple[Path, dict] | Non
     if begun and (changed := differences(cfg, begun)):
         raise UserError(f"{run_dir} holds a run with other settings: {changed}; hint: --run_name {cfg.run_name}-2 starts a "
                         f"new one beside it. It may go on with another {', '.join(sorted(FREE_ON_RESUME))}")
+    if cfg.ckpt_dir and cfg.resume in ("auto", "never") and steps(ckpt_dir) and not (run_dir / "config.json").exists():
+        raise UserError(f"{ckpt_dir} holds checkpoints, but {run_dir} no run: another one's? hint: another --ckpt_dir, or "
+                        f"--resume {steps(ckpt_dir)[-1]}")
     trains = not (cfg.eval_only or cfg.dry_run)
     found = newest(ckpt_dir, say, same_run, aside=trains) if ckpt_dir.exists() and cfg.resume != "never" else None
     if cfg.resume not in ("auto", "never"):
@@ -349,12 +352,12 @@ def open_run(cfg, run_dir: Path, ckpt_dir: Path, say) -> tuple[Path, dict] | Non
             raise UserError(f"{path} is not the newest checkpoint of this run, {found[0].name} is, and what came between "
                             f"would be overwritten; hint: --run_name {cfg.run_name}-2 goes on from there beside it")
         return found if found and found[1]["step"] > state["step"] else (path, state)
-    if not found and begun:
+    if not found:
         metrics = run_dir / "metrics.jsonl"
         if metrics.exists() and '"save_ms"' in metrics.read_text():
             raise UserError(f"{run_dir} has saved checkpoints, but {ckpt_dir} has none; hint: --ckpt_dir if they are "
                             f"elsewhere, --run_name {cfg.run_name}-2 to start again beside it")
-        say(f"resume | {run_dir} ended before its first checkpoint: from step 0")
+        begun and say(f"resume | {run_dir} ended before its first checkpoint: from step 0")
     return found
 
 
@@ -362,15 +365,23 @@ def differences(cfg, old: dict) -> str:
     """The settings that decide the result and differ from a run's, as `name old -> new, ...`; empty when none does."""
     as_stored = lambda config: json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
     new, old = as_stored(cfg), as_stored(type(cfg)()) | old  # the defaults: for what an older version did not know
-    return ", ".join(f"{k} {old[k]} -> {new[k]}" for k in new if k not in FREE_ON_RESUME and old[k] != new[k])
+    derived = {"max_steps", "warmup_steps"} if cfg.epochs is not None and cfg.epochs == old["epochs"] else set()
+    return ", ".join(f"{k} {old[k]} -> {new[k]}" for k in new if k not in FREE_ON_RESUME | derived and old[k] != new[k])
 
 
 def mark_finished(run_dir: Path, step: int, val_loss: float, say):
     """Leave the mark of success; a script can look for it where it cannot trust an exit status (torchrun's)."""
     try:
-        (run_dir / "finished.json").write_text(json.dumps({"step": step, "val_loss": val_loss}))
+        write_json(run_dir / "finished.json", {"step": step, "val_loss": val_loss})
     except OSError as e:
         say(f"finished.json not written: {one_line(e)}")
+
+
+def write_json(path: Path, content: dict):
+    """Whole or not at all, and never less than what was there before."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1))
+    os.replace(temporary, path)
 
 
 def finished(run_dir: Path, max_steps: int) -> bool:

@@ -81,11 +81,6 @@ def all_sum(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def from_first(make: Callable):
     """What make() returns in the first process, in all of them; where it raises UserError, all end."""
     box = [None, None]
@@ -118,28 +113,29 @@ class Stop:
     """
 
     def __init__(self, world: World, timeout: float):
-        self.reason, self.error, self.armed, self.beat, self.interrupted = "", None, False, time.monotonic(), None
+        self.reason, self.error, self.armed, self.beat, self.interrupts = "", None, False, time.monotonic(), 0
         names = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")  # Windows has the first two
         numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
         self.before = {n: signal.signal(n, self.on_signal) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
         self.closed = threading.Event()
         if world.world_size > 1:
             peers = [None] * world.world_size
-            dist.all_gather_object(peers, (socket.gethostname(), os.getpid()))
-            mine = peers.pop(world.rank)
-            # a descriptor, not a number: another program may get the number of a process that has ended
-            peers = [os.pidfd_open(pid) for host, pid in peers if host == mine[0] and hasattr(os, "pidfd_open")]
+            machine = socket.gethostname(), os.environ.get("GROUP_RANK")
+            dist.all_gather_object(peers, (machine, os.getpid()))
+            del peers[world.rank]
+            try:  # descriptors, not numbers: another program may get the number of a process that has ended
+                peers = [os.pidfd_open(pid) for where, pid in peers if where == machine]
+            except (OSError, AttributeError):  # not Linux, or a kernel or container that does not allow it
+                peers = []  # torchrun then ends them, 30 s later
             threading.Thread(target=self.watch, args=(world.rank, timeout, peers), daemon=True, name="watchdog").start()
 
     def on_signal(self, number: int, _frame):
-        under_torchrun, now = "TORCHELASTIC_RUN_ID" in os.environ, time.monotonic()
         if number == signal.SIGINT:
-            if self.interrupted is None:
-                self.interrupted = now
-                if not under_torchrun:
-                    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the kernel ends us next time, whatever runs then
-            elif now - self.interrupted > 2:  # torchrun hands on the Ctrl-C that the terminal has sent us already
-                os._exit(130)
+            self.interrupts += 1
+            # next time the kernel ends us, whatever runs then. torchrun hands on the Ctrl-C that the terminal has sent us
+            # already, so under it the first two are one
+            if self.interrupts == (2 if "TORCHELASTIC_RUN_ID" in os.environ else 1):
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
         self.reason = self.reason or signal.Signals(number).name
         if not self.armed:
             raise Stopped

@@ -35,14 +35,14 @@ class GPTConfig:
 # rotary position embedding
 
 
-def rope_tables(T: int, head_dim: int, device, base: float = 10000.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of RoPE (Su et al. 2021) for positions 0..T-1, each (T, D/2), float32.
+def rope_tables(positions: torch.Tensor, head_dim: int, base: float = 10000.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of RoPE (Su et al. 2021) at positions (..., T), each (..., T, D/2), float32.
 
     Pair i turns by base**(-2i/D) radians per position. Computed in each forward pass (a few microseconds beside
     milliseconds of matmul, and free once compiled) so that no buffer has to be stored, moved or resized.
     """
-    freq = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)  # (D/2,)
-    angle = torch.arange(T, device=device, dtype=torch.float32)[:, None] * freq[None, :]  # (T, D/2)
+    freq = base ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)  # (D/2,)
+    angle = positions.float()[..., None] * freq  # (..., T, D/2)
     return angle.cos(), angle.sin()
 
 
@@ -68,13 +68,13 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, rope):
+    def forward(self, x, rope, mask):
         B, T, C = x.shape
         heads = lambda z: z.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
         q, k, v = map(heads, self.c_attn(x).split(C, dim=2))
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)  # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -115,8 +115,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = SwiGLU(config) if config.use_swiglu else GeluMLP(config)
 
-    def forward(self, x, rope):
-        x = x + self.attn(self.ln_1(x), rope)
+    def forward(self, x, rope, mask):
+        x = x + self.attn(self.ln_1(x), rope, mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -152,18 +152,23 @@ class GPT(nn.Module):
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
 
-    def trunk(self, idx: torch.Tensor) -> torch.Tensor:
-        """Token ids (B, T) to the normalised residual stream (B, T, C), ready for the head."""
-        B, T = idx.shape
-        if T > self.config.block_size:
+    def trunk(self, idx: torch.Tensor, positions: torch.Tensor | None = None, mask: torch.Tensor | None = None):
+        """Token ids (B, T) to the normalised residual stream (B, T, C), ready for the head.
+
+        Rows that hold several texts say so: positions (B, T), all below block_size, in place of 0..T-1; mask (B, 1, T, T),
+        true where a token (row) may look at another (column), in place of the causal one.
+        """
+        T = idx.shape[1]
+        if positions is None and T > self.config.block_size:
             raise ValueError(f"sequence of {T} tokens exceeds block_size {self.config.block_size}")
-        x = self.wte(idx)  # (B, T, C)
+        x, rope = self.wte(idx), None  # (B, T, C)
         if self.config.use_rope:
-            rope = rope_tables(T, self.config.n_embd // self.config.n_head, idx.device)
+            at = torch.arange(T, device=idx.device) if positions is None else positions[:, None]
+            rope = rope_tables(at, self.config.n_embd // self.config.n_head)
         else:
-            rope, x = None, x + self.wpe.weight[:T]
+            x = x + (self.wpe.weight[:T] if positions is None else self.wpe(positions))
         for block in self.h:
-            x = block(x, rope)
+            x = block(x, rope, mask)
         return self.ln_f(x)
 
     def head(self, x: torch.Tensor) -> torch.Tensor:

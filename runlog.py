@@ -71,6 +71,8 @@ def say(message: str):
     """One line on the console. A console that is gone or a full disk behind it never stops a run."""
     try:
         print(message, flush=True)
+    except UnicodeEncodeError:  # a console of another alphabet
+        print(message.encode("ascii", "replace").decode(), flush=True)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")
     except OSError:
@@ -113,28 +115,38 @@ class RunLog:
             return
         with self.lock:  # a thread that saves writes, too
             self.waiting.append(json.dumps(record).encode() + b"\n")
-            data = b"".join(self.waiting)
-            try:
-                self.file.seek(self.end)
-                if (written := self.file.write(data)) != len(data):
-                    raise OSError(f"{written} of {len(data)} bytes written")
-                self.waiting, self.end = [], self.end + len(data)
-            except OSError as e:
-                if len(self.waiting) == 1:
-                    say(f"step {record['step']} | metrics.jsonl not written, the lines are kept for later: {one_line(e)}")
-        if self.wandb is not None:
+            self.flush()
+        if self.wandb is not None and "save_ms" not in record:  # that one comes late, and W&B takes no step that lies back
             self.wandb.queue.put(record)
+
+    def flush(self):
+        data = b"".join(self.waiting)
+        try:
+            self.file.seek(self.end)
+            if (written := self.file.write(data)) != len(data):
+                raise OSError(f"{written} of {len(data)} bytes written")
+            self.waiting, self.end = [], self.end + len(data)
+        except OSError as e:
+            if len(self.waiting) == 1:
+                say(f"metrics.jsonl | not written, the lines are kept for later: {one_line(e)}")
 
     def sync(self):
         """To the disk, before a checkpoint that goes on from here gets there."""
-        try:
-            self.file is None or os.fsync(self.file.fileno())
-        except OSError:
-            pass  # write() has told
+        if self.file is None:
+            return
+        with self.lock:
+            self.flush()
+            try:
+                os.fsync(self.file.fileno())
+            except OSError:
+                pass  # flush() has told
 
     def close(self):
         if self.file is None:
             return
+        self.sync()
+        if self.waiting:
+            say(f"metrics.jsonl | its last {len(self.waiting)} lines could not be written")
         try:
             self.file.close()
             curves(self.run_dir)

@@ -149,8 +149,11 @@ def scan(shard: Shard, idle: float = 0) -> tuple[str, int, int]:
 def verify(shards: list[Shard], wrong: list[str]):
     """Add to wrong the shards that differ from manifest.json: a background thread, asleep four fifths of the time."""
     for shard in shards:
-        if shard.sha256 and scan(shard, idle=4)[0] != shard.sha256:
-            wrong.append(f"{shard.path} is damaged: its SHA-256 is not that in manifest.json; {RESTORE}")
+        try:
+            if shard.sha256 and scan(shard, idle=4)[0] != shard.sha256:
+                wrong.append(f"{shard.path} is damaged: its SHA-256 is not that in manifest.json; {RESTORE}")
+        except OSError as e:
+            wrong.append(f"{shard.path} cannot be read ({e.strerror}); {RESTORE}")
 
 
 def fingerprints(shards: list[Shard]) -> list[str]:
@@ -337,10 +340,13 @@ class Windows:
             if len(self.documents) >= 2:  # a batch lies in one shard or two; 100M tokens: 100k documents, 2 MB
                 self.documents.pop(next(iter(self.documents)))
             starts, start, tokens = [], self.shards[shard].start, self.shards[shard].tokens
-            with open(self.shards[shard].path, "rb") as f:
-                f.seek(start)
-                for at in range(0, tokens, 1 << 22):  # 8 MB at a time
-                    starts.append(at + np.flatnonzero(np.fromfile(f, np.uint16, 1 << 22) == EOT))
+            try:
+                with open(self.shards[shard].path, "rb") as f:
+                    f.seek(start)
+                    for at in range(0, tokens, 1 << 22):  # 8 MB at a time
+                        starts.append(at + np.flatnonzero(np.fromfile(f, np.uint16, 1 << 22) == EOT))
+            except OSError as e:
+                raise UserError(f"{self.shards[shard].path} cannot be read ({e.strerror}); {RESTORE}")
             starts = np.union1d([0], np.concatenate(starts)).astype(np.int64)  # a shard may begin inside a document
             lengths = np.diff(starts, append=tokens)
             permuted = order(keys(1, self.seed, shard)[0], epoch, len(starts), np.arange(len(starts)))
@@ -449,7 +455,8 @@ def val_batches(windows: Windows, val_tokens: int, B: int, rank: int, world_size
     rows = torch.zeros(B, windows.T + 1, dtype=torch.int16)
     for at in range(0, -(-n // world_size), B):
         wanted = mine[at: at + B]
-        windows.read(wanted, rows.numpy().view(np.uint16)[: len(wanted)])
+        if len(wanted):  # none when the other processes have a row more
+            windows.read(wanted, rows.numpy().view(np.uint16)[: len(wanted)])
         x, y = to_ids(rows, device)
         y[len(wanted):] = -1
         yield x, y

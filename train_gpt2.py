@@ -121,10 +121,10 @@ def build_model(cfg, say) -> GPT:
 class Evaluator:
     """All that is measured between steps: validation loss, HellaSwag, samples. Identical on any number of processes."""
 
-    def __init__(self, cfg, model, eval_model, val: shards.Windows, world: World, autocast, stop: Stop, say):
+    def __init__(self, cfg, model, eval_model, val: shards.Windows, world: World, autocast, compiled, stop: Stop, say):
         self.cfg, self.model, self.eval_model, self.val = cfg, model, eval_model, val
         self.world, self.autocast, self.stop, self.say = world, autocast, stop, say
-        self.hella = hellaswag.load(hellaswag.DATA, cfg.hellaswag_limit, say) if cfg.hellaswag_limit else None
+        self.hella = hellaswag.for_training(cfg.hellaswag_limit, model, world, autocast, compiled, say)
         self.token_bytes = token_bytes()
 
     @torch.no_grad()
@@ -146,7 +146,7 @@ class Evaluator:
         record = {"step": step, "val/loss": nats / tokens, "val/bpb": nats / math.log(2) / n_bytes if n_bytes else None}
         line = f"step {step} | val loss {nats / tokens:.4f} | bits per byte {record['val/bpb'] or float('nan'):.4f}"
         if self.hella:
-            result = hellaswag.evaluate(self.model, self.hella, self.world, self.autocast, poll=self.stop.poll)
+            result = self.hella(self.stop.poll)
             record |= {"val/hella_norm": result["acc_norm"], "val/hella_se": result["se"]}
             line += (f" | HellaSwag acc_norm {result['acc_norm']:.4f} +- {result['se']:.4f} "
                      f"({result['items']} items, {result['protocol']} protocol)")
@@ -167,7 +167,7 @@ class Evaluator:
         for i, text in enumerate(texts):
             self.say(f"step {step} | sample {i} | " + (text if "\n" not in text else f"\n{text.strip()}\n"))
         try:
-            with open(path, "a") as f:
+            with open(path, "a", encoding="utf-8") as f:
                 f.write("".join(f"=== step {step}, sample {i}\n{text}\n" for i, text in enumerate(texts)))
         except OSError as e:
             self.say(f"step {step} | samples.txt not written: {one_line(e)}")
@@ -185,6 +185,8 @@ def main():
     try:
         status = run(cfg, notes, world, stop, say)
     except Stopped:
+        if stop.error:
+            raise stop.error
         say(f"interrupted by {stop.reason} before the first step, nothing was lost; to go on: the same command again")
         status = INTERRUPTED
     finally:
@@ -218,6 +220,9 @@ def run(cfg, notes: list[str], world: World, stop: Stop, say) -> int:
     found = None  # the checkpoint to go on from and its state, the same for all processes
     if not (cfg.eval_only and cfg.init_from):
         found = from_first(lambda: checkpoint.open_run(cfg, run_dir, ckpt_dir, say))
+    if found and cfg.epochs is not None:  # its length is that of the data it began with, whatever was downloaded since
+        begun = found[1]["config"]
+        cfg = dataclasses.replace(cfg, max_steps=begun["max_steps"], warmup_steps=begun["warmup_steps"])
     trains = not (cfg.eval_only or cfg.dry_run)
     if trains and found and found[1]["step"] == cfg.max_steps and checkpoint.finished(run_dir, cfg.max_steps):
         say(f"already finished: {run_dir} has {cfg.max_steps} of {cfg.max_steps} steps; hint: --run_name "
@@ -250,7 +255,7 @@ def run(cfg, notes: list[str], world: World, stop: Stop, say) -> int:
         same_bits()  # gradient in the order in which they come by
     train_model = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
     eval_model = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
-    evaluate = Evaluator(cfg, model, eval_model, val, world, autocast, stop, say)
+    evaluate = Evaluator(cfg, model, eval_model, val, world, autocast, compiled, stop, say)
     if cfg.eval_only:
         evaluate(found[1]["step"] if found else 0)
         return 0
@@ -276,8 +281,9 @@ def run(cfg, notes: list[str], world: World, stop: Stop, say) -> int:
                 directory.mkdir(parents=True, exist_ok=True)
             checkpoint.need_space(ckpt_dir, model, cfg.keep_last)
             log.open(run_dir, start_step)
-            (run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=1))
-            (run_dir / "env.json").write_text(json.dumps(runlog.environment(world.device, world.world_size), indent=1))
+            (run_dir / "finished.json").unlink(missing_ok=True)
+            checkpoint.write_json(run_dir / "config.json", dataclasses.asdict(cfg))
+            checkpoint.write_json(run_dir / "env.json", runlog.environment(world.device, world.world_size))
         except OSError as e:
             raise UserError(f"cannot write to {run_dir}: {e.strerror}; hint: --log_dir and --ckpt_dir choose another place")
 
@@ -380,15 +386,18 @@ def run(cfg, notes: list[str], world: World, stop: Stop, say) -> int:
             saver.save(step, state())
 
     # clean-up
+    stop.closed.set()  # the watchdog's: what follows has no polls
     loader.close()
     saved = saver.close() if saver else True
+    all_sum(torch.zeros(1))  # nobody leaves before the checkpoint is written: torchrun gives those that stay 30 s
+    log.close()
     if saver and saved and not interrupted:
         checkpoint.mark_finished(run_dir, cfg.max_steps, record["val/loss"], say)
-    log.close()
     if interrupted and stop.error:
         raise stop.error
     if interrupted:
-        say(f"interrupted by {stop.reason or 'another process'} at step {step}; to go on: the same command again")
+        say(f"interrupted by {stop.reason or 'another process'} at step {step}{'' if saved else ' (NOT saved)'}; to go on: "
+            "the same command again")
         return INTERRUPTED
     if not saved:
         raise UserError(f"the last checkpoint could not be written to {ckpt_dir}; hint: make room, then the same "

@@ -204,7 +204,7 @@ def test_ended_ten_times_at_random_moments(whole, flags, launch, tmp_path, how):
         if ended < 10:
             while process.is_alive() and b"data |" not in (out.read_bytes() if out.exists() else b"")[seen:]:
                 time.sleep(0.002)
-            time.sleep(rng.uniform(0, 0.4))
+            time.sleep(rng.uniform(0, 0.2))
             os.kill(process.pid, getattr(signal, how)) if process.is_alive() else None
         process.join()
         text = out.read_text()[seen:]
@@ -217,18 +217,20 @@ def test_ended_ten_times_at_random_moments(whole, flags, launch, tmp_path, how):
     assert records(tmp_path / "r") == records(whole) and weights(tmp_path / "r") == weights(whole)
 
 
-def busy():
+def busy(ready):
     """Trains and never polls."""
     stop = distributed.Stop(distributed.World(0, 1, torch.device("cpu")), 600)
     stop.armed = True
+    ready.set()
     while True:
         time.sleep(0.01)
 
 
 def test_the_second_ctrl_c_ends_at_once():
-    process = multiprocessing.get_context("forkserver").Process(target=busy)
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=busy, args=(ready := context.Event(),))
     process.start()
-    time.sleep(3)
+    assert ready.wait(60)
     for alive in (True, False):
         os.kill(process.pid, signal.SIGINT)
         process.join(1)
@@ -399,6 +401,21 @@ def test_no_silent_start_from_scratch(whole, train, tmp_path):
     assert status == 0 and weights(tmp_path / "branch") == weights(whole)
 
 
+def test_checkpoints_elsewhere_are_not_mixed_up(whole, train, tmp_path):
+    """A shared --ckpt_dir: a new run neither prunes nor goes on from another's; without config.json no start from scratch."""
+    shutil.copytree(whole / "ckpt" / "step_000031", tmp_path / "ckpt" / "step_000031")
+    for resume in ("auto", "never"):
+        with pytest.raises(UserError, match="holds checkpoints, but .* no run: another one's.*--resume"):
+            train("r", "--ckpt_dir", tmp_path / "ckpt", "--resume", resume)
+    status, out = train("r", "--ckpt_dir", tmp_path / "ckpt", "--resume", tmp_path / "ckpt" / "step_000031")
+    assert status == 0 and "resume | step 31" in out and checkpoint.read_state(tmp_path / "ckpt" / "step_000060")["sha256"] == weights(whole)
+    before = (tmp_path / "r" / "metrics.jsonl").read_bytes()
+    (tmp_path / "r" / "config.json").write_text("")
+    with pytest.raises(UserError, match="has saved checkpoints, but"):
+        train("r", "--ckpt_dir", tmp_path / "unmounted")
+    assert (tmp_path / "r" / "metrics.jsonl").read_bytes() == before
+
+
 def test_two_processes_cannot_write_one_run(train, tmp_path, flags, launch):
     (tmp_path / "r").mkdir()
     log = runlog.RunLog()
@@ -415,7 +432,7 @@ def test_a_failing_save_leaves_the_last_good_one(whole, train, tmp_path, monkeyp
     """From step 20 to 40 the system refuses files above 40 KB: told, tried again at the next interval, same end."""
     plain, limits = optim.cosine, resource.getrlimit(resource.RLIMIT_FSIZE)
     def cosine(step, *rest):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000 if 19 <= step < 40 else limits[0], limits[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000 if 19 <= step <= 40 else limits[0], limits[1]))
         return plain(step, *rest)
     monkeypatch.setattr(train_gpt2.optim, "cosine", cosine)
     status, out = train("r", "--save_interval", "8", "--keep_last", "9")
@@ -461,7 +478,7 @@ def test_a_failing_log_changes_nothing(whole, train, tmp_path, monkeypatch, caps
     monkeypatch.setattr(runlog.RunLog, "open", full)
     monkeypatch.setattr(runlog, "curves", lambda run_dir: (run_dir / "no" / "such").write_text(""))
     status, out = train("r")
-    assert status == 0 and out.count("metrics.jsonl not written") == 1 and "curves | not drawn" in out
+    assert status == 0 and "metrics.jsonl | not written" in out and "curves | not drawn" in out
     assert records(tmp_path / "r") == records(whole) and weights(tmp_path / "r") == weights(whole)
     pipe = subprocess.Popen([sys.executable, "-c", "import runlog, time; runlog.say('1'); time.sleep(1); runlog.say('2'); runlog.say('3'); "
                              "open('/dev/null'); print(4)"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -564,6 +581,12 @@ def test_a_validation_shard_that_goes_bad(whole, data, train, tmp_path, monkeypa
     assert status == 0 and "resume | step 20" in out and records(tmp_path / "r") == records(whole)
 
 
+def test_a_bad_validation_set_in_an_evaluation_alone(whole, train, tmp_path):
+    root = write_shards(tmp_path / "data", {"train": [4033], "val": [1100]}, ids=50257)
+    with pytest.raises(UserError, match="beyond vocab_size 512"):
+        train("r", "--data_root", root, "--eval_only", "True", "--init_from", whole)
+
+
 # ---- numbers that are none -----------------------------------------------------------------------------------------
 
 def poison(monkeypatch, micro_steps: int, bad: set, value: float = float("nan")):
@@ -628,7 +651,7 @@ def test_saving_by_the_clock(whole, train, tmp_path, monkeypatch):
     """Every few steps by --save_minutes; what is saved is the state at that step, though training has gone on since."""
     status, out = train("r", "--save_minutes", "0.0005", "--keep_last", "99", "--save_interval", "1000")
     saved = [checkpoint.step_of(p) for p in checkpoint.steps(tmp_path / "r" / "ckpt")]
-    assert status == 0 and len(saved) > 5 and weights(tmp_path / "r") == weights(whole)
+    assert status == 0 and len(saved) > 1 and weights(tmp_path / "r") == weights(whole)
     assert all(weights(tmp_path / "r", s) == weights(whole, s) for s in saved) and records(tmp_path / "r") == records(whole)
 
 

@@ -122,7 +122,7 @@ def vectors(*shape: int, seed: int = 3) -> torch.Tensor:
 
 
 def test_rope_scores_depend_on_distance_alone():
-    cos, sin = rope_tables(64, 16, "cpu")
+    cos, sin = rope_tables(torch.arange(64), 16)
     q, k = (v.expand(1, 1, 64, 16) for v in vectors(2, 1, 1, 1, 16))  # one query and one key, at every position
     scores = (rotate(q, cos, sin) @ rotate(k, cos, sin).transpose(2, 3))[0, 0]  # (64, 64)
     for distance in range(-63, 64):
@@ -132,7 +132,7 @@ def test_rope_scores_depend_on_distance_alone():
 
 
 def test_rope_turns_and_turns_back():
-    x, (cos, sin) = vectors(2, 3, 32, 16), rope_tables(32, 16, "cpu")
+    x, (cos, sin) = vectors(2, 3, 32, 16), rope_tables(torch.arange(32), 16)
     turned = rotate(x, cos, sin)
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
     torch.testing.assert_close(turned[:, :, 0], x[:, :, 0], atol=0, rtol=0)  # position 0 stays
@@ -148,7 +148,7 @@ def test_rope_equals_gpt_neox():
     config.rope_parameters = dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=1.0)  # rotary_pct 1
     q, k = vectors(2, 2, 4, 128, 16)  # (B, H, T, D) each
     reference = apply_rotary_pos_emb(q, k, *GPTNeoXRotaryEmbedding(config)(q, torch.arange(128)[None]))
-    cos, sin = rope_tables(128, 16, "cpu")
+    cos, sin = rope_tables(torch.arange(128), 16)
     torch.testing.assert_close(rotate(q, cos, sin), reference[0], atol=1e-5, rtol=0)
     torch.testing.assert_close(rotate(k, cos, sin), reference[1], atol=1e-5, rtol=0)
 

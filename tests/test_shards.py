@@ -491,3 +491,14 @@ def test_bigram_loss_is_that_of_the_formula(tmp_path):
                         for a, b in zip(held_out[:n], held_out[1: n + 1])]) for k in (10, 20, 50, 100, 200, 500, 1000)]
     assert bigram_loss(train, val, 10**6) == pytest.approx(min(losses), abs=1e-9)
     assert bigram_loss(train, val, 10**6, largest=100) is None
+
+
+def test_validation_rows_are_shared_out_however_they_divide(tmp_path):
+    """Every process gets as many batches, also where the last has no row left in one of them."""
+    folder = write_shards(tmp_path, {"val": [9 * 8 + 1]})
+    windows = shards.Windows(shards.open_shards(str(folder), "val", 8), 8)
+    for B, world_size in ((4, 2), (1, 4), (2, 5), (16, 2)):
+        got = [list(shards.val_batches(windows, 9 * 8, B, rank, world_size, torch.device("cpu"))) for rank in range(world_size)]
+        assert len({len(batches) for batches in got}) == 1
+        rows = [tuple(row) for batches in got for _, y in batches for row in y.tolist() if row[0] >= 0]
+        assert len(rows) == len(set(rows)) == 9
