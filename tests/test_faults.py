@@ -179,6 +179,7 @@ def test_interrupted_in_evaluation_and_sampling(whole, train, tmp_path, monkeypa
     assert (tmp_path / "parts" / "samples.txt").read_text() == (tmp_path / "whole" / "samples.txt").read_text()
 
 
+@pytest.mark.slow
 def test_compiled_on_two_threads_it_resumes_exactly(flags, launch, tmp_path):
     """A model large enough for both threads to work on it; the compiled gradient of its embedding must not depend on them."""
     args = [*flags, "--use_compile", "True", "--n_embd", "64", "--vocab_size", "8192", "--T", "64", "--total_batch", "1024", "--B", "8",
