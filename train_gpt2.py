@@ -389,7 +389,10 @@ def run(cfg, notes: list[str], world: World, stop: Stop, say) -> int:
     stop.closed.set()  # the watchdog's: what follows has no polls
     loader.close()
     saved = saver.close() if saver else True
-    all_sum(torch.zeros(1))  # nobody leaves before the checkpoint is written: torchrun gives those that stay 30 s
+    try:
+        all_sum(torch.zeros(1))  # nobody leaves before the checkpoint is written: torchrun gives those that stay 30 s
+    except RuntimeError:  # a peer has left, so the first process was here
+        pass
     log.close()
     if saver and saved and not interrupted:
         checkpoint.mark_finished(run_dir, cfg.max_steps, record["val/loss"], say)
