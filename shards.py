@@ -494,6 +494,8 @@ def audit(root: tyro.conf.Positional[str], T: int = 1024, world_size: int = 1, B
         raise UserError(f"total_batch {total_batch} is no multiple of B x T x world_size, {B} x {T} x {world_size}, "
                         "or one of these or max_steps is below 1; hint: --B, or --total_batch")
     wrong, end = [], max_steps * (total_batch // T)
+    if not read_manifest(root).get("complete", True):
+        wrong.append(f"{root} is not complete; the command that began it goes on with it (sources in manifest.json)")
     print(f"{'split':24}{'tokens':>16}{'windows':>14}{'documents':>14}")
     for split in ("val", "train"):
         shards = open_shards(root, split, T, wrong)

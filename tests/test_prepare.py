@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -24,7 +25,8 @@ from hypothesis import example, given, settings, strategies as st
 import prepare
 import shards
 import tokenizer
-from config import UserError
+from config import UserError, command_line
+from conftest import run
 
 ROOT = Path(prepare.__file__).parent
 DOCUMENTS = [f"Document {i}.\nIt has <|endoftext|> in it, naïve {'👩‍👩‍👧 ' * (i % 4)}and {i * 37} words.\n"
@@ -147,8 +149,8 @@ def test_empty_documents_are_skipped_and_said(tmp_path, capsys):
 def test_a_text_cut_into_pieces_has_the_tokens_of_the_whole(text, size):
     assert "".join(prepare.pieces(text, size)) == text
     with ThreadPoolExecutor(2) as pool:
-        (tokens,) = prepare.encode([text], pool, size)
-    assert tokens.tolist() == [tokenizer.EOT, *tokenizer.gpt2().encode_ordinary(text)]
+        tokens = np.concatenate(list(prepare.encode([text, text], pool, size)))
+    assert tokens.tolist() == 2 * [tokenizer.EOT, *tokenizer.gpt2().encode_ordinary(text)]
 
 
 def test_a_million_blanks_do_not_break_the_tokenizer(tmp_path):
@@ -304,6 +306,7 @@ class Hub(types.ModuleType):
     def __init__(self, folder: Path):
         super().__init__("huggingface_hub")
         self.folder, self.asked, self.seen, self.fail_at, self.before = folder, [], [], None, lambda name: None
+        self.waited = []
         folder.mkdir()
         for i, name in enumerate(NAMES):
             tokens = np.random.default_rng(i).integers(50157, 50257, 1000 + i).astype(np.uint16)  # some <|endoftext|>
@@ -321,7 +324,7 @@ class Hub(types.ModuleType):
             return new(sha="c0ffee" if revision == "main" else revision, siblings=files)
 
         new = types.SimpleNamespace
-        return new(dataset_info=dataset_info)
+        return new(dataset_info=dataset_info, hf_hub_download=self.hf_hub_download)
 
     def hf_hub_download(self, repository, filename, repo_type, revision, local_dir):
         assert repository == "kjj0/fineweb10B-gpt2" and repo_type == "dataset"
@@ -330,7 +333,7 @@ class Hub(types.ModuleType):
         Path(local_dir).mkdir(exist_ok=True)
         if filename == self.fail_at:
             (Path(local_dir) / (filename + ".incomplete")).write_bytes(b"half")
-            raise ConnectionError("the line\nwent dead")
+            raise ConnectionRefusedError("the line\nwent dead")
         return shutil.copy(self.folder / filename, local_dir)
 
 
@@ -338,6 +341,7 @@ class Hub(types.ModuleType):
 def hub(tmp_path, monkeypatch):
     hub = Hub(tmp_path / "hub")
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    monkeypatch.setattr(prepare.time, "sleep", hub.waited.append)
     return hub
 
 
@@ -395,7 +399,7 @@ def test_download_goes_on_after_a_failure(hub, tmp_path):
     out = tmp_path / "out"
     hub.fail_at = NAMES[2]
     message = download_error("fineweb10B", str(out), files=3)
-    assert "kjj0/fineweb10B-gpt2: ConnectionError: the line went dead; hint: check network" in message
+    assert "kjj0/fineweb10B-gpt2: ConnectionRefusedError: the line went dead; hint: check network" in message
     assert sorted(f for f in os.listdir(out) if f.endswith(".bin")) == sorted(NAMES[:2])
     assert json.loads((out / "manifest.json").read_text())["complete"] is False
     assert [s.tokens for s in shards.open_shards(str(out), "train", 64)] == [1001]
@@ -483,6 +487,343 @@ def test_names_of_the_ready_made_shards():
     for _, commit, pattern in prepare.HUB.values():
         assert len(commit) == 40 and pattern.format("val", 0).endswith("_val_000000.bin")
         assert pattern.format("train", 12).endswith("_train_000012.bin")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# fineweb-edu
+
+INPUTS = {f"sample/10BT/{i:03d}_00000.parquet": DOCUMENTS[a:b] for i, (a, b) in
+          enumerate([(0, 40), (40, 41), (41, 80), (80, 101)])}
+SHARD = 400  # tokens
+
+
+def tokens_of(documents: list[str]) -> list[int]:
+    return [i for d in documents for i in (tokenizer.EOT, *tokenizer.gpt2().encode_ordinary(d))]
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A folder with the parquet files of a small FineWeb-Edu, one of them with rows that are blank."""
+    for name, documents in INPUTS.items():
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / "in" / name, [*documents, "", None] if "002" in name else documents)
+    return str(tmp_path / "in")
+
+
+def fineweb(out: Path, source: str = "", **options) -> dict[str, bytes]:
+    """What `prepare.py fineweb-edu` leaves in out."""
+    prepare.fineweb_edu(str(out), source=source, **dict(dict(shard_tokens=SHARD), **options))
+    return listing(out)
+
+
+def fineweb_error(*arguments, **options) -> str:
+    with pytest.raises(UserError) as e:
+        fineweb(*arguments, **options)
+    assert "\n" not in str(e.value) and "hint:" in str(e.value)
+    return str(e.value)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_the_first_shard_is_validation_and_the_rest_training_for_any_number_of_workers(source, tmp_path, workers, capsys,
+                                                                                       monkeypatch):
+    monkeypatch.setattr(prepare, "BLOCK", 500 * workers)
+    found, tokens, out = fineweb(tmp_path / "out", source, workers=workers), tokens_of(DOCUMENTS), tmp_path / "out"
+    n = -(-len(tokens) // SHARD)
+    names = ["edufineweb_val_000000.npy", *(f"edufineweb_train_{i:06d}.npy" for i in range(n - 1))]
+    assert n > 10 and sorted(found) == sorted([*names, "manifest.json"])
+    for i, name in enumerate(names):
+        assert np.load(out / name).tolist() == tokens[i * SHARD: (i + 1) * SHARD]
+        expected = io.BytesIO()
+        np.save(expected, np.array(tokens[i * SHARD: (i + 1) * SHARD], np.uint16))
+        assert found[name] == expected.getvalue()  # the same bytes as numpy's, so equal for any number of workers
+    assert f"val {SHARD:,} tokens" in capsys.readouterr().out
+    decoded = tokenizer.gpt2().decode([i for name in names for i in np.load(out / name).tolist()])
+    assert decoded == "".join("<|endoftext|>" + d for d in DOCUMENTS)
+
+
+def test_the_manifest_names_every_input_file(source, tmp_path):
+    fineweb(tmp_path / "out", source)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["complete"] is True and manifest["tokenizer"] == "gpt2" and source not in json.dumps(manifest)
+    for entry, (name, documents) in zip(manifest["sources"], INPUTS.items(), strict=True):
+        raw = (Path(source) / name).read_bytes()
+        assert entry == dict(name=name, revision="", bytes=len(raw), sha256=hashlib.sha256(raw).hexdigest(),
+                             documents=len(documents), empty=2 * ("002" in name), tokens=len(tokens_of(documents)))
+    for shard in manifest["shards"]:
+        assert shard["sha256"] == prepare.sha256(tmp_path / "out" / shard["file"])
+        assert shard["documents"] == (np.load(tmp_path / "out" / shard["file"]) == tokenizer.EOT).sum()
+    assert len(shards.open_shards(str(tmp_path / "out"), "val", 64)) == 1
+
+
+class Crash(BaseException):
+    """The power goes: nothing catches it."""
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_interruption_anywhere_changes_no_byte(source, tmp_path, monkeypatch, seed):
+    """Ended at the n-th write, flush or rename, for all n, each run going on from what the one before left."""
+    expected, rng = fineweb(tmp_path / "whole", source), np.random.default_rng(seed)
+    real, left, crashes = {name: getattr(os, name) for name in ("replace", "fsync", "remove")}, [0], 0
+
+    def fragile(name):
+        def call(*arguments):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Crash
+            return real[name](*arguments)
+        return call
+
+    for name in real:
+        monkeypatch.setattr(os, name, fragile(name))
+    monkeypatch.setattr(prepare.ShardWriter, "_header", lambda self, real=prepare.ShardWriter._header: (fragile("fsync")(
+        self.file.fileno()), real(self)))
+    while True:
+        left[0] = int(rng.integers(0, 12))
+        try:
+            fineweb(tmp_path / "out", source)
+            break
+        except Crash:
+            crashes += 1
+    assert crashes > 8 and listing(tmp_path / "out") == expected
+
+
+def prepare_process(out: str, source: str, shard_tokens: int, limit: int = 0):
+    """What a user starts, in a process of its own; with `limit` no file may grow beyond so many bytes."""
+    with open(os.devnull if not limit else out + ".stderr", "w") as f:
+        os.dup2(f.fileno(), 2)
+        os.dup2(f.fileno(), 1)
+    if limit:
+        import resource
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    command_line(lambda: prepare.fineweb_edu(out, source=source, shard_tokens=shard_tokens, workers=2))
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """Starts processes that have prepare.py imported already, within 0.1 s instead of 3."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["prepare", "pyarrow.parquet"])
+    return context
+
+
+@pytest.fixture
+def larger(tmp_path):
+    """Twelve input files of 300 documents: long enough to be killed at."""
+    rng = np.random.default_rng(1)
+    words = [d for d in DOCUMENTS for d in d.split(" ")]
+    for i in range(12):
+        documents = [" ".join(words[j] for j in rng.integers(0, len(words), rng.integers(5, 80))) for _ in range(300)]
+        (tmp_path / "in").mkdir(exist_ok=True)
+        write(tmp_path / "in" / f"{i:03d}.parquet", documents)
+    return str(tmp_path / "in")
+
+
+def test_thirty_kills_change_no_byte(larger, processes, tmp_path):
+    """SIGKILL at random moments, again and again; a preparation that ends meanwhile is compared, and another one begun."""
+    rng, kills, whole, halves = np.random.default_rng(0), 0, 0, 0
+    expected = fineweb(tmp_path / "whole", larger, shard_tokens=20_000)
+    while kills < 30 or not whole:
+        out = tmp_path / f"out-{whole}"
+        process = processes.Process(target=prepare_process, args=(str(out), larger, 20_000))
+        process.start()
+        process.join(rng.uniform(0.02, 0.3) if kills < 30 else 60)
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            kills += 1
+            halves += any(out.glob("**/*.tmp"))
+        else:
+            assert process.exitcode == 0 and listing(out) == expected
+            whole += 1
+    assert halves  # some were killed while they wrote a file
+
+
+def test_a_full_disk_is_told_and_what_is_done_stays_done(larger, processes, tmp_path):
+    """As far as a limit on the size of files goes: first no part fits, then parts do, but no shard."""
+    out, expected = tmp_path / "out", fineweb(tmp_path / "whole", larger, shard_tokens=60_000)
+    sizes = [2 * s["tokens"] for s in json.loads(expected["manifest.json"])["sources"]]
+    for limit, named in ((sizes[0] - 1, "000000.tokens: "), (max(sizes), "out: ")):
+        process = processes.Process(target=prepare_process, args=(str(out), larger, 60_000, limit))
+        process.start()
+        process.join(60)
+        (message,) = (tmp_path / "out.stderr").read_text().splitlines()
+        assert process.exitcode == 2 and f"{named}File too large; hint: make room" in message
+    assert [p.stat().st_size for p in sorted((out / "parts").glob("*.tokens"))] == sizes[:3]  # what is done stays done
+    assert fineweb(out, larger, shard_tokens=60_000) == expected
+
+
+BAD_PARQUET = {
+    "cut": lambda raw, path: path.write_bytes(raw[: len(raw) // 2]),
+    "no column": lambda raw, path: write(path, ["text"], "body"),
+    "not UTF-8": lambda raw, path: binary_column(path, [b"fine", b"caf\xe9"]),
+    "no text": lambda raw, path: binary_column(path, [b"bytes"], as_text=False),
+    "empty": lambda raw, path: path.write_bytes(b""),
+}
+
+
+def binary_column(path: Path, values: list[bytes], as_text: bool = True):
+    """A column of these bytes, which as text need not be UTF-8: pyarrow does not look when it is told so."""
+    import pyarrow
+    import pyarrow.parquet
+    array = pyarrow.array(values, pyarrow.binary())
+    array = pyarrow.Array.from_buffers(pyarrow.string(), len(array), array.buffers()) if as_text else array
+    pyarrow.parquet.write_table(pyarrow.table({"text": array}), path)
+
+
+@pytest.mark.parametrize("how, said", [("cut", ": ArrowInvalid"), ("no column", ": no field 'text'; hint: --text_field"),
+                                       ("not UTF-8", ", row 2: not UTF-8"), ("no text", "'text' is bytes"),
+                                       ("empty", ": ArrowInvalid")])
+def test_a_bad_input_file_is_named_and_what_is_done_stays_done(source, tmp_path, monkeypatch, how, said):
+    expected, path = fineweb(tmp_path / "whole", source), Path(source) / list(INPUTS)[2]
+    good = path.read_bytes()
+    BAD_PARQUET[how](good, path)
+    message = fineweb_error(tmp_path / "out", source)
+    assert f"{path}" in message and said in message
+    done = {k: v for k, v in listing(tmp_path / "out").items() if k.endswith(".npy")}
+    assert len(done) > 3 and done.items() <= expected.items()
+    assert len(shards.open_shards(str(tmp_path / "out"), "train", 64)) == len(done) - 1  # training could start
+    seen = []
+    monkeypatch.setattr(prepare, "read_documents", lambda p, *a, real=prepare.read_documents: (seen.append(p), real(p, *a))[1])
+    path.write_bytes(good)
+    assert fineweb(tmp_path / "out", source) == expected
+    assert [os.path.basename(p) for p in seen] == ["002_00000.parquet", "003_00000.parquet"]
+
+
+def test_again_after_the_end_does_nothing_and_mends_what_was_damaged(source, tmp_path, monkeypatch):
+    expected, files = fineweb(tmp_path / "out", source), []
+    real = prepare.make_part
+    monkeypatch.setattr(prepare, "make_part", lambda plan, i, *a: (files.append(i), real(plan, i, *a))[1])
+    assert fineweb(tmp_path / "out", source) == expected and files == []
+    for name in ("edufineweb_train_000003.npy", "edufineweb_train_000009.npy"):
+        (tmp_path / "out" / name).write_bytes(expected[name][:-2])
+    assert fineweb(tmp_path / "out", source) == expected and files and 0 < len(files) <= 4
+
+
+def test_other_settings_or_files_are_refused(source, tmp_path):
+    out = tmp_path / "out"
+    expected = fineweb(out, source)
+    for options, said in ((dict(shard_tokens=500), "shard_tokens 400, now 500"), (dict(sample="100BT"), "config 'sample/10BT', now"),
+                          (dict(text_field="id"), "text_field 'text', now 'id'"), (dict(name="x"), "name 'edufineweb', now 'x'")):
+        assert said in fineweb_error(out, source, **options)
+    write(Path(source) / "sample" / "10BT" / "009_00000.parquet", ["more"])
+    assert "files [" in fineweb_error(out, source)
+    (Path(source) / "sample" / "10BT" / "009_00000.parquet").unlink()
+    path = Path(write(Path(source) / list(INPUTS)[1], ["another text"]))
+    assert f"{list(INPUTS)[1]} had " in (message := fineweb_error(out, source)) and f"now {path.stat().st_size}" in message
+    assert listing(out) == expected
+    assert "no .parquet files" in fineweb_error(tmp_path / "new", str(out)) and not (tmp_path / "new").exists()
+    assert "name 'train' must" in fineweb_error(tmp_path / "new", source, name="train")
+
+
+def test_too_few_tokens_to_train_on(source, tmp_path):
+    assert "are for validation, so none to train on" in fineweb_error(tmp_path / "out", source, shard_tokens=10**6)
+
+
+def test_an_unfinished_directory_is_told_by_audit(source, tmp_path):
+    fineweb(tmp_path / "out", source)
+    manifest = tmp_path / "out" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"complete": true', '"complete": false'))
+    done = run("shards.py", "audit", tmp_path / "out", "--T", 32, "--B", 1, "--total_batch", 32, "--max_steps", 10)
+    assert done.returncode == 1 and "wrong: " in done.stdout and "not complete" in done.stdout
+
+
+class EduHub(Hub):
+    """The same hub with FineWeb-Edu's files."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder.parent / "other")
+        self.folder, self.repository, self.faults = folder, prepare.FINEWEB_EDU, []
+        self.hashes = {n: prepare.sha256(folder / n) for n in INPUTS} | {"README.md": None, "data/x.parquet": "0" * 64}
+
+    def HfApi(self):
+        api, info = super().HfApi(), super().HfApi().dataset_info
+        sizes = lambda f: vars(f).update(size=(self.folder / f.rfilename).stat().st_size if f.rfilename in INPUTS else 1)
+
+        def dataset_info(repository, revision, files_metadata):
+            if self.faults:
+                raise self.faults.pop(0)
+            found = info(repository, revision, files_metadata)
+            list(map(sizes, found.siblings))
+            return found
+
+        api.dataset_info = dataset_info
+        return api
+
+    def hf_hub_download(self, repository, filename, repo_type, revision, local_dir):
+        self.seen.append((filename, revision))
+        if self.faults:
+            raise self.faults.pop(0)
+        (Path(local_dir) / filename).parent.mkdir(parents=True, exist_ok=True)
+        return str(shutil.copy(self.folder / filename, Path(local_dir) / filename))
+
+
+@pytest.fixture
+def edu_hub(source, monkeypatch):
+    hub = EduHub(Path(source))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    monkeypatch.setattr(prepare.time, "sleep", hub.waited.append)
+    return hub
+
+
+def only_shards(found: dict) -> dict:
+    return {k: v for k, v in found.items() if k != "manifest.json"}
+
+
+def test_the_hub_gives_the_same_shards_as_the_files(edu_hub, source, tmp_path):
+    expected, commit = fineweb(tmp_path / "whole", source), prepare.FINEWEB_COMMIT
+    found = fineweb(tmp_path / "out")
+    assert only_shards(found) == only_shards(expected)
+    assert edu_hub.asked == [(prepare.FINEWEB_EDU, commit)] and edu_hub.seen == [(n, commit) for n in INPUTS]
+    manifest = json.loads(found["manifest.json"])
+    assert {s["revision"] for s in manifest["sources"]} == {manifest["plan"]["revision"]} == {commit}
+    assert fineweb(tmp_path / "out") == found and len(edu_hub.asked) == 1  # again: without the network
+    assert "revision '" in fineweb_error(tmp_path / "out", revision="abc")
+    other = fineweb(tmp_path / "today", dataset="somebody/texts", config="sample-10BT")
+    assert json.loads(other["manifest.json"])["plan"]["revision"] == "c0ffee"  # today's, named
+    assert "no .parquet files in a/b, folder 'none'" in fineweb_error(tmp_path / "none", dataset="a/b", config="none")
+
+
+def fault(status: int, **headers) -> Exception:
+    e = OSError(f"{status} of the server")
+    e.response = types.SimpleNamespace(status_code=status, headers=headers)
+    return e
+
+
+def test_what_may_pass_is_waited_for(edu_hub, tmp_path):
+    edu_hub.faults = [fault(429, **{"Retry-After": "17"}), fault(503), ConnectionResetError("reset"), TimeoutError()]
+    fineweb(tmp_path / "out")
+    assert edu_hub.waited == [17, 2, 4, 8]
+    edu_hub.waited.clear()
+    edu_hub.before, edu_hub.faults = None, []
+    missing = [fault(404), fault(401), OSError(28, "No space left on device"), PermissionError(13, "denied", "/x"), ValueError("x")]
+    for e in missing:
+        edu_hub.faults = [e]
+        assert prepare.one_line(e) in fineweb_error(tmp_path / "new")
+    assert edu_hub.waited == []
+    edu_hub.faults = [fault(500)] * 99
+    assert "500 of the server; hint: check network" in fineweb_error(tmp_path / "new")
+    assert edu_hub.waited == list(prepare.WAITS)
+
+
+def test_a_download_that_fails_half_way_goes_on_there(edu_hub, source, tmp_path):
+    expected, name = fineweb(tmp_path / "whole", source), list(INPUTS)[1]
+    good = (Path(source) / name).read_bytes()
+    (Path(source) / name).write_bytes(good[:-1] + b"x")
+    assert name in (message := fineweb_error(tmp_path / "out")) and "its SHA-256 is" in message
+    (Path(source) / name).write_bytes(good)
+    before = len(edu_hub.seen)
+    assert only_shards(fineweb(tmp_path / "out")) == only_shards(expected)
+    assert [n for n, _ in edu_hub.seen[before:]] == list(INPUTS)[1:]
+
+
+def test_which_files_are_taken():
+    listed = lambda *names: [dict(name=n, bytes=1, sha256=None) for n in names]
+    names = lambda found: [f["name"] for f in found]
+    files = listed("sample/10BT/b.parquet", "sample/10BT/a.parquet", "sample/100BT/c.parquet", "sample/10BT/x.json")
+    assert names(prepare.pick(files, "sample/10BT")) == names(prepare.pick(files, "sample-10BT")) == [
+        "sample/10BT/a.parquet", "sample/10BT/b.parquet"]
+    assert names(prepare.pick(listed("data/validation-0.parquet", "data/train-0.parquet"), "")) == ["data/train-0.parquet"]
+    assert prepare.pick(files, "data") == [] and len(prepare.FINEWEB_COMMIT) == 40
 
 
 # --------------------------------------------------------------------------------------------------------------------

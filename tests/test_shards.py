@@ -249,7 +249,7 @@ def test_validation_windows_do_not_depend_on_the_layout(tmp_path, B, world_size)
 @settings(max_examples=25, deadline=None)
 @given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=12), shard_tokens=st.integers(50, 200))
 def test_writer_and_reader_agree(tmp_path_factory, lengths, shard_tokens):
-    folder, documents = tmp_path_factory.mktemp("w"), [np.full(n, i, np.uint16) for i, n in enumerate(lengths)]
+    folder, documents = tmp_path_factory.mktemp("w"), [np.r_[50256, np.full(n - 1, i)].astype(np.uint16) for i, n in enumerate(lengths)]
     writer = ShardWriter(str(folder), "x", "train", shard_tokens)
     for d in documents:
         writer.write(d)

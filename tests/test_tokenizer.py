@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tiktoken
 import tiktoken.load
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 import tokenizer
 from config import UserError
@@ -79,6 +79,27 @@ def test_encodings_equal_those_of_transformers(transformers_tokenizer, text):
 @pytest.fixture(scope="module")
 def lengths():
     return tokenizer.token_bytes()
+
+
+def ordinary(texts: list[str]) -> list[int]:
+    return [i for ids in tokenizer.gpt2().encode_ordinary_batch(texts, num_threads=1) for i in (tokenizer.EOT, *ids)]
+
+
+BLANKS = st.text(st.sampled_from("ab'1.\n\r\t \u00a0\u2003\u3000\x1c\x85<|\U0001f600"))
+
+
+@settings(max_examples=500, derandomize=True, deadline=None)
+@given(texts=st.lists(BLANKS | st.text(st.characters(codec="utf-8", exclude_characters="\x01\x02")), min_size=1))
+@example(texts=[text.replace("\x01", "") for text in TEXTS])
+@example(texts=["a  ", "  ", " \n b", "", "<|endoftext|>"])
+def test_documents_at_once_have_the_tokens_of_each(texts):
+    tokens = tokenizer.encode_documents("".join(tokenizer.DOCUMENT + text for text in texts))
+    assert tokens.dtype == np.uint16 and tokens.tolist() == ordinary(texts)
+
+
+def test_every_character_is_taken_for_a_blank_or_not_as_by_the_regex_engine():
+    texts = [f"a{c}{c}b {c}." for c in map(chr, [*range(3, 0xD800), *range(0xE000, 0x10000), *range(0x10000, 0x110000, 997)])]
+    assert tokenizer.encode_documents("".join(tokenizer.DOCUMENT + text for text in texts)).tolist() == ordinary(texts)
 
 
 @settings(max_examples=300, derandomize=True, deadline=None)
