@@ -32,7 +32,7 @@ from shards import sha256
 FORMAT = 2
 
 # Settings that a resumed run may change: they do not alter what is learned.
-FREE_ON_RESUME = {"B", "device", "use_compile", "log_interval", "eval_interval", "save_interval", "save_minutes",
+FREE_ON_RESUME = {"B", "recompute", "device", "use_compile", "log_interval", "eval_interval", "save_interval", "save_minutes",
                   "keep_last", "val_tokens", "hellaswag_limit", "sample_interval", "n_samples", "sample_tokens",
                   "sample_prompt", "data_root", "log_dir", "ckpt_dir", "run_name", "resume", "wandb", "wandb_project",
                   "batch_hashes", "eval_only", "dry_run", "deterministic", "group_timeout", "max_skipped",
@@ -324,6 +324,9 @@ def open_run(cfg, run_dir: Path, ckpt_dir: Path, say) -> tuple[Path, dict] | Non
     Raises UserError for settings that would mix two runs, and when checkpoints that were written are gone.
     """
     def same_run(path: Path, state: dict):
+        if "config" not in state:  # hf.py import
+            raise UserError(f"{path} holds weights from {state.get('source')}, not a run to go on with; "
+                            f"hint: --init_from {path} under a new --run_name")
         if changed := differences(cfg, state["config"]):
             raise UserError(f"{path} is of a run with other settings: {changed}; hint: another --run_name for these")
 

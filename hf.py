@@ -1,19 +1,32 @@
-"""Hugging Face GPT-2 weights into this project's model.
+"""Between Hugging Face `transformers` and this project, both ways.
 
-    python -c "import hf; print(hf.from_pretrained('gpt2').num_params())"       124439808
+    python hf.py import gpt2 log/gpt2             OpenAI's weights, or a folder's, as a run that all scripts here open
+    python hf.py export log/gpt2-rope my-gpt2     a run or checkpoint as a folder that AutoModelForCausalLM opens
 
-Reads config.json and the safetensors themselves: no `transformers` needed, no random model built first.
+The files are read and written as such: no `transformers` needed, no random model built first. Exported are
+    learned positions  as GPT2LMHeadModel
+    RoPE               as Starcoder2ForCausalLM: GPT-2 with RoPE down to biases, tanh-GELU and tied head. (GPTNeoX with
+                       use_parallel_residual=False is as exact, but llama.cpp opens it with an untied head only)
+    SwiGLU             not at all: no class of transformers 5 has it together with LayerNorm and biases
 """
 
+import dataclasses
 import json
+import os
+import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import tyro
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from config import UserError, near, one_line
+import checkpoint
+import runlog
+from config import TrainConfig, UserError, command_line, near, one_line
 from model import GPT, GPTConfig
+from tokenizer import EOT, N_VOCAB, hugging_face_files
 
 # The four sizes that OpenAI published, each at one fixed commit, so that a name always means the same numbers.
 REVISIONS = {
@@ -34,6 +47,13 @@ REPRESENTABLE = {
     "tie_word_embeddings": (True,),
     "quantization_config": (None,),
 }
+
+# Stored as (in, out) by transformers, which keeps OpenAI's Conv1D; nn.Linear has (out, in).
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+
+# Our names and Starcoder2's, in the order of their replacement, once c_attn is split into q_proj, k_proj and v_proj.
+STARCODER2 = {"h.": "layers.", "wte": "embed_tokens", "ln_f": "norm", "ln_1": "input_layernorm",
+              "ln_2": "post_attention_layernorm", "attn.c_proj": "attn.o_proj", "attn.": "self_attn."}
 
 
 def from_pretrained(name_or_folder: str) -> GPT:
@@ -115,8 +135,166 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     for key, w in raw.items():
         if key.endswith((".attn.bias", ".attn.masked_bias")):
             continue  # the causal mask, which older files store
-        if key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
-            w = w.t()  # transformers keeps OpenAI's Conv1D layout (in, out), nn.Linear has (out, in)
+        if key.endswith(TRANSPOSED):
+            w = w.t()
         # a copy, because load_file maps the file: if that shrinks later, reading the map is a crash without a message
         weights[key] = torch.empty(w.shape).copy_(w)
     return weights
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# export
+
+
+def layout(model: GPT) -> tuple[dict, dict[str, torch.Tensor]]:
+    """config.json and the weights as transformers has them, without padded vocabulary. Raises UserError for SwiGLU."""
+    c, weights = model.config, model.state_dict()
+    if c.use_swiglu:
+        raise UserError("no class of transformers computes this model: SwiGLU with LayerNorm and biases; "
+                        "hint: generate.py and hellaswag.py open its checkpoint, gpt2-rope is the nearest that exports")
+    rows = min(c.vocab_size, N_VOCAB)
+    weights["wte.weight"] = weights["wte.weight"][:rows]
+    end = EOT if rows == N_VOCAB else None
+    common = dict(vocab_size=rows, tie_word_embeddings=True, bos_token_id=end, eos_token_id=end, dtype="float32")
+    if c.use_rope:
+        # rope_theta: the base of model.rope_tables; transformers 5 makes its rope_parameters of it, 4 reads it as it is
+        config = dict(model_type="starcoder2", architectures=["Starcoder2ForCausalLM"], hidden_size=c.n_embd,
+                      intermediate_size=4 * c.n_embd, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
+                      num_key_value_heads=c.n_head, max_position_embeddings=c.block_size, rope_theta=10000.0,
+                      hidden_act="gelu_pytorch_tanh", norm_epsilon=1e-5, use_bias=True, sliding_window=None)
+        return config | common, starcoder2(weights)
+    config = dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], n_positions=c.block_size, n_layer=c.n_layer,
+                  n_head=c.n_head, n_embd=c.n_embd, activation_function="gelu_pytorch_tanh", layer_norm_epsilon=1e-5,
+                  resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)  # 0.1 unless given, which would change fine-tuning
+    return config | common, {f"transformer.{k}": w.t() if k.endswith(TRANSPOSED) else w for k, w in weights.items()}
+
+
+def starcoder2(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of a RoPE model under the names of Starcoder2ForCausalLM, which has three matrices for q, k and v."""
+    for key in [key for key in weights if "c_attn" in key]:
+        weights |= {key.replace("c_attn", f"{part}_proj"): w for part, w in zip("qkv", weights.pop(key).chunk(3))}
+    for ours, theirs in STARCODER2.items():
+        weights = {key.replace(ours, theirs): w for key, w in weights.items()}
+    return {f"model.{key}": w for key, w in weights.items()}
+
+
+def model_card(path: Path, state: dict, c: GPTConfig, architecture: str, parameters: int) -> str:
+    """README.md of an export: how to load it, what it is, and what its run found. path, state: the checkpoint."""
+    rows = {"model": f"{parameters:,} parameters, {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, "
+                     f"{'rotary' if c.use_rope else 'learned'} positions, context of {c.block_size} tokens"}
+    rows |= run_rows(path, state) if "config" in state else {"weights": f"from {Path(state.get('source', '?')).name}"}
+    rows["written by"] = ", ".join(f"{name} {version}" for name, version in state["versions"].items())
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {state["config"]["run_name"] if "config" in state else "GPT-2"}
+
+A GPT-2 trained in plain PyTorch, exported for `{architecture}`.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tokenizer = (kind.from_pretrained("FOLDER") for kind in (AutoModelForCausalLM, AutoTokenizer))
+```
+
+| | |
+|---|---|
+""" + "".join(f"| {name} | {value} |\n" for name, value in rows.items())
+
+
+def run_rows(path: Path, state: dict) -> dict[str, str]:
+    """What a checkpoint, and the last evaluation up to its step in its run's metrics.jsonl, where that is there, say of
+    the training. Raises UserError when metrics.jsonl cannot be read."""
+    cfg, step, found = dataclasses.asdict(TrainConfig()) | state["config"], state["step"], {}
+    elsewhere = cfg["ckpt_dir"] and Path(cfg["ckpt_dir"]).resolve() == path.resolve().parent
+    run_dir = Path(cfg["log_dir"], cfg["run_name"]) if elsewhere else path.resolve().parents[1]
+    try:
+        for record in runlog.read_metrics(run_dir) if (run_dir / "metrics.jsonl").exists() else []:
+            if "val/loss" in record and record["step"] <= step:
+                found = record
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{run_dir}/metrics.jsonl cannot be read ({one_line(e)}); hint: without it, no figures are given")
+    data, cfg["init_from"] = Path(cfg["data_root"]).name, Path(cfg["init_from"]).name
+    keys = ("preset", "init_from", "max_lr", "min_lr", "warmup_steps", "weight_decay", "betas", "grad_norm_clip", "T",
+            "total_batch", "data_order", "data_seed", "seed")
+    rows = {"trained": f"{step:,} of {cfg['max_steps']:,} steps, {step * cfg['total_batch']:,} tokens of {data}",
+            "settings": ", ".join(f"{k} {f'{v:g}' if isinstance(v := cfg[k], float) else v}" for k in keys if cfg[k] != "")}
+    if found:
+        rows["validation loss"] = f"{found['val/loss']:.4f} nats per token, at step {found['step']:,}"
+    if found.get("val/hella_norm") is not None:
+        rows["HellaSwag"] = (f"acc_norm {found['val/hella_norm']:.4f} ± {found['val/hella_se']:.4f}, by mean loss per token, "
+                             f"at step {found['step']:,}, {cfg['hellaswag_limit']:,} items")
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# command line
+
+
+@contextmanager
+def new_folder(out: str):
+    """A folder to write into: named `out` when the block ends well, gone when it does not. Raises UserError when
+    something is there already, or cannot be written."""
+    final = Path(out).resolve()  # "." has a name, too
+    temporary = final.parent / f".{final.name}.tmp"
+    try:
+        if final.exists() and (not final.is_dir() or any(final.iterdir())):
+            raise UserError(f"{out} is there already, expected a new or an empty directory; hint: another OUT")
+        shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in [*temporary.iterdir(), temporary]:
+            checkpoint.fsync(file)
+        if final.exists():
+            final.rmdir()  # Windows renames onto nothing else
+        os.replace(temporary, final)
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"cannot write {out} ({one_line(e)}); hint: make room, or another OUT")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def import_(name: tyro.conf.Positional[str], out: tyro.conf.Positional[str]):
+    """Hugging Face GPT-2 weights as a run of this project: for generate.py, hellaswag.py and --init_from.
+
+    Args:
+        name: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with a GPT-2's config.json and safetensors
+        out: run directory to make, such as log/gpt2
+    """
+    with new_folder(out) as folder:
+        model = from_pretrained(name)
+        state = dict(gpt_config=dataclasses.asdict(model.config), source=name)
+        checkpoint.write(folder / "ckpt", 0, {"model.safetensors": model.state_dict()}, state)
+    print(f"imported | {name} -> {out} | {model.num_params():,} parameters")
+
+
+def export(run: tyro.conf.Positional[str], out: tyro.conf.Positional[str]):
+    """A checkpoint as a folder for AutoModelForCausalLM and AutoTokenizer: safetensors, config, tokenizer, model card.
+
+    Args:
+        run: run directory (its newest checkpoint), or a checkpoint
+        out: folder to make
+    """
+    with new_folder(out) as folder:
+        path = checkpoint.find(run)
+        model = checkpoint.empty_model(path, state := checkpoint.read_state(path))
+        checkpoint.load_weights(path, model)
+        config, weights = layout(model)
+        architecture, parameters = config["architectures"][0], sum(w.numel() for w in weights.values())
+        card = model_card(path, state, model.config, architecture, parameters)
+        files = {"config.json": json.dumps(config, indent=1), "README.md": card}
+        if has_tokenizer := config["eos_token_id"] == EOT:
+            files |= hugging_face_files(model.config.block_size)
+        for file, text in files.items():
+            (folder / file).write_text(text, encoding="utf-8")
+        save_file({k: w.contiguous() for k, w in weights.items()}, to := folder / "model.safetensors", {"format": "pt"})
+        shutil.copymode(folder / "config.json", to)  # safetensors writes files that the owner alone may read
+    print(f"exported | {path} -> {out} | {architecture}, {config['vocab_size']:,} rows of vocabulary"
+          + ("" if has_tokenizer else f", fewer than GPT-2's {N_VOCAB:,}: no tokenizer with it"))
+
+
+if __name__ == "__main__":
+    command_line(lambda: tyro.extras.subcommand_cli_from_dict(
+        {"import": import_, "export": export}, description=__doc__, use_underscores=True,
+        config=(tyro.conf.FlagConversionOff,)))

@@ -6,16 +6,19 @@ pre-norm blocks, biases, learned positions, tanh-GELU, output head tied to the t
 Letters in the shape comments:
     B  sequences in a micro-batch     C  n_embd, width of the residual stream     V  vocab_size (rows, padded)
     T  tokens in a sequence           H  n_head, attention heads                  D  C / H, width of a head
+    S  slots of a KVCache that attention reads
 
 Depends on torch alone. Data, optimisers and Hugging Face live elsewhere (shards.py, optim.py, hf.py).
 """
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,48 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# what decoding token by token needs
+
+
+class KVCache:
+    """Keys and values of the tokens that B sequences hold so far: all that the next token needs of them.
+
+    Row i holds lengths[i] tokens at positions 0, 1, ...; rows may differ. What lies in later slots is hidden by the mask
+    until it is written over, so a prompt may be padded on the right. Shapes never change: decoding compiles once.
+    """
+
+    def __init__(self, config: GPTConfig, B: int, size: int, device=None, dtype=None):
+        shape = config.n_layer, B, config.n_head, size, config.n_embd // config.n_head
+        self.size, self.lengths = size, torch.zeros(B, dtype=torch.int64, device=device)
+        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in "kv")  # (n_layer, B, H, size, D)
+
+    def update(self, layer: int, S: int, positions: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
+        """Store k and v (B, H, T, D) of a layer at positions (B, T); its first S slots, (B, H, S, D) each."""
+        rows = torch.arange(len(positions), device=k.device)[:, None]
+        for store, new in ((self.k[layer], k), (self.v[layer], v)):
+            store[rows, :, positions] = new.transpose(1, 2)
+        return self.k[layer, :, :, :S], self.v[layer, :, :, :S]
+
+    def put(self, rows: list[int], other: "KVCache", source: list[int]):
+        """Copy rows of another cache of the same size over rows of this one: n samples share one prefill."""
+        self.k[:, rows], self.v[:, rows] = other.k[:, source], other.v[:, source]
+        self.lengths[rows] = other.lengths[source]
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """F.linear, but by torch.mv for a single row on the CPU, where one token is decoded as fast as weights are read."""
+    if x.numel() > x.shape[-1] or not x.is_cpu or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    y = torch.mv(weight, x.flatten()) if bias is None else torch.addmv(bias, weight, x.flatten())
+    return y.view(*x.shape[:-1], -1)
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # the parts of a block
 
 
@@ -65,15 +110,17 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, rope, mask):
+    def forward(self, x, rope, mask, kept=None):
         B, T, C = x.shape
         heads = lambda z: z.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
         q, k, v = map(heads, self.c_attn(x).split(C, dim=2))
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
+        if kept is not None:
+            k, v = kept(k, v)  # (B, H, S, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)  # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -83,8 +130,8 @@ class GeluMLP(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
@@ -99,9 +146,9 @@ class SwiGLU(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         hidden = 8 * math.ceil(config.n_embd / 3)
-        self.c_gate = nn.Linear(config.n_embd, hidden)
-        self.c_fc = nn.Linear(config.n_embd, hidden)
-        self.c_proj = nn.Linear(hidden, config.n_embd)
+        self.c_gate = Linear(config.n_embd, hidden)
+        self.c_fc = Linear(config.n_embd, hidden)
+        self.c_proj = Linear(hidden, config.n_embd)
 
     def forward(self, x):
         return self.c_proj(F.silu(self.c_gate(x)) * self.c_fc(x))
@@ -115,8 +162,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = SwiGLU(config) if config.use_swiglu else GeluMLP(config)
 
-    def forward(self, x, rope, mask):
-        x = x + self.attn(self.ln_1(x), rope, mask)
+    def forward(self, x, rope, mask, kept=None):
+        x = x + self.attn(self.ln_1(x), rope, mask, kept)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -137,6 +184,7 @@ class GPT(nn.Module):
             raise ValueError(f"n_embd {config.n_embd} does not divide into n_head {config.n_head} heads"
                              + " of even width" * config.use_rope)
         self.config = config
+        self.recompute = False  # True: keep only each block's input, and compute the rest again in the backward pass
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         if not config.use_rope:
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -152,28 +200,42 @@ class GPT(nn.Module):
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
 
-    def trunk(self, idx: torch.Tensor, positions: torch.Tensor | None = None, mask: torch.Tensor | None = None):
+    def trunk(self, idx: torch.Tensor, positions: torch.Tensor | None = None, mask: torch.Tensor | None = None,
+              cache: KVCache | None = None):
         """Token ids (B, T) to the normalised residual stream (B, T, C), ready for the head.
 
         Rows that hold several texts say so: positions (B, T), all below block_size, in place of 0..T-1; mask (B, 1, T, T),
-        true where a token (row) may look at another (column), in place of the causal one.
+        true where a token (row) may look at another (column), in place of the causal one. With a cache, idx continues
+        the tokens in it: they are seen, too, and idx is added. There must be room, and no position beyond block_size.
         """
         T = idx.shape[1]
         if positions is None and T > self.config.block_size:
             raise ValueError(f"sequence of {T} tokens exceeds block_size {self.config.block_size}")
+        if cache is not None:
+            positions = cache.lengths[:, None] + torch.arange(T, device=idx.device)  # (B, T)
+            # on the CPU no more slots than are in use (sixteen rows, half full: attention in half the time); a GPU would
+            # have to be waited for, and a compiled step has one shape
+            S = int(positions.max()) + 1 if idx.is_cpu and not torch.compiler.is_compiling() else cache.size
+            hidden = torch.arange(S, device=idx.device) > positions[..., None]  # (B, T, S)
+            # added to the scores: of a mask of bools each layer would make such numbers
+            mask = torch.zeros(hidden.shape, device=idx.device, dtype=cache.k.dtype).masked_fill(hidden, -torch.inf)[:, None]
+            cache.lengths += T
         x, rope = self.wte(idx), None  # (B, T, C)
         if self.config.use_rope:
             at = torch.arange(T, device=idx.device) if positions is None else positions[:, None]
             rope = rope_tables(at, self.config.n_embd // self.config.n_head)
         else:
             x = x + (self.wpe.weight[:T] if positions is None else self.wpe(positions))
-        for block in self.h:
-            x = block(x, rope, mask)
+        for i, block in enumerate(self.h):
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, mask, use_reentrant=False)
+            else:
+                x = block(x, rope, mask, None if cache is None else partial(cache.update, i, S, positions))
         return self.ln_f(x)
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """Residual stream (..., C) to logits (..., V), through the embedding matrix (tied head)."""
-        return F.linear(x, self.wte.weight)
+        return linear(x, self.wte.weight)
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, reduction: str = "mean") -> torch.Tensor:
         """Loss in nats when targets (B, T) are given, otherwise logits (B, T, V).

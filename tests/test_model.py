@@ -274,3 +274,19 @@ def test_refusals():
     GPT(GPTConfig(**SHAPE | dict(n_embd=36)))  # heads of odd width are fine without RoPE
     with pytest.raises(ValueError, match="17 tokens .* block_size 16"):
         GPT(GPTConfig(**SHAPE))(tokens(1, 17))
+
+
+@pytest.mark.parametrize("switches", [dict(), dict(use_rope=True, use_swiglu=True)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_recomputing_changes_nothing(switches, compiled):
+    """Loss and gradients with activations computed twice are those with activations kept."""
+    torch.manual_seed(3)
+    model = GPT(GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=16, **switches))
+    idx, found = torch.randint(64, (2, 17)), []
+    for model.recompute in (False, True):
+        loss = (torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model)(idx[:, :-1], idx[:, 1:])
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+        model.zero_grad()
+    for a, b in zip(*found):
+        assert torch.equal(a, b)
