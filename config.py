@@ -36,7 +36,7 @@ class TrainConfig:
 
     # batch: only total_batch changes what is learned; B and the number of GPUs change memory and speed
     total_batch: int = 524288  # tokens in one optimiser step, over all GPUs (2**19, about the 0.5M of GPT-3 small)
-    B: int = 64  # sequences in one micro-batch on one GPU; halve it when memory runs out
+    B: int | Literal["auto"] = 64  # sequences in one micro-batch on one GPU; auto = as many as its memory holds
     T: int = 1024  # tokens in a sequence
 
     # optimiser: AdamW with the settings of GPT-3 (Brown et al. 2020, appendix B)
@@ -84,6 +84,7 @@ class TrainConfig:
     device: str = "auto"  # cuda, mps or cpu; auto takes the first of these that is there
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matmuls; auto = bfloat16 where the device has it
     use_compile: bool = True  # torch.compile (needs a C++ compiler on the CPU)
+    recompute: bool = False  # keep only the input of each block and compute the rest twice: less memory, a quarter slower
     deterministic: bool = False  # the same bits each time, on any number of processes with the same B; slower
     group_timeout: float = 600  # seconds without progress after which a process ends itself and its peers
     eval_only: bool = False  # evaluate the newest checkpoint (or init_from) once, and stop
@@ -188,7 +189,7 @@ def problems(cfg: TrainConfig, world_size: int) -> list[str]:
     for name in ("n_layer", "n_head", "n_embd", "vocab_size", "total_batch", "B", "T", "max_steps", "eval_interval",
                  "val_tokens", "sample_interval", "log_interval", "save_interval", "keep_last", "max_lr",
                  "grad_norm_clip", "max_skipped", "group_timeout"):
-        need(getattr(cfg, name) > 0, f"{name} is {getattr(cfg, name)}, must be above 0; hint: --{name}")
+        need(getattr(cfg, name) == "auto" or getattr(cfg, name) > 0, f"{name} is {getattr(cfg, name)}, must be above 0; hint: --{name}")
     for name in ("warmup_steps", "weight_decay", "hellaswag_limit", "n_samples", "sample_tokens", "min_lr",
                  "save_minutes"):
         need(getattr(cfg, name) >= 0, f"{name} is {getattr(cfg, name)}, must not be negative; hint: --{name}")
@@ -198,11 +199,12 @@ def problems(cfg: TrainConfig, world_size: int) -> list[str]:
          f"run_name {cfg.run_name!r} must be a plain name; hint: --log_dir sets the place")
     if wrong:
         return wrong  # the rules below divide by these
-    rows = cfg.B * cfg.T * world_size  # tokens in one micro-step of all processes
+    B = 1 if cfg.B == "auto" else cfg.B
+    rows = B * cfg.T * world_size  # tokens in one micro-step of all processes
     if cfg.total_batch % rows:
-        fits = [b for b in range(1, cfg.B + 1) if cfg.total_batch % (b * cfg.T * world_size) == 0]
+        fits = [b for b in range(1, B + 1) if cfg.total_batch % (b * cfg.T * world_size) == 0]
         way_out = f"--B {fits[-1]}" if fits else f"--total_batch {max(1, round(cfg.total_batch / rows)) * rows}"
-        wrong.append(f"total_batch {cfg.total_batch} is not a multiple of B x T x processes = {cfg.B} x {cfg.T} x "
+        wrong.append(f"total_batch {cfg.total_batch} is not a multiple of B x T x processes = {B} x {cfg.T} x "
                      f"{world_size} = {rows}; hint: {way_out}")
     need(cfg.T <= cfg.block_size, f"T {cfg.T} exceeds block_size {cfg.block_size}; hint: --block_size {cfg.T}")
     need(cfg.n_embd % cfg.n_head == 0, f"n_embd {cfg.n_embd} does not divide by n_head {cfg.n_head}; hint: --n_head")

@@ -3,11 +3,13 @@
 import ctypes
 import datetime
 import os
+import re
 import signal
 import socket
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
@@ -194,6 +196,31 @@ def autocast_dtype(device: torch.device, wanted: str) -> torch.dtype:
         flags = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
         native = device.type == "cpu" and any(getattr(torch.cpu, flag, bool)() for flag in flags)
     return torch.bfloat16 if native else torch.float32
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a process may still take: of the GPU; on a CPU the least of machine, container and its own limit."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    found = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")] if hasattr(os, "sysconf") else []
+    if sys.platform == "linux":
+        import resource
+        text = lambda path: Path(path).read_text() if Path(path).exists() else ""
+        kilobytes = dict(re.findall(r"^(\w+):\s+(\d+) kB", text("/proc/meminfo") + text("/proc/self/status"), re.M))
+        found = [1024 * int(kilobytes["MemAvailable"])]
+        top, held = text("/sys/fs/cgroup/memory.max").strip(), text("/sys/fs/cgroup/memory.current").strip()
+        found += [int(top) - int(held)] if top.isdigit() and held else []
+        for name, limit in (("VmSize", resource.RLIMIT_AS), ("VmData", resource.RLIMIT_DATA)):
+            limit = resource.getrlimit(limit)[0]
+            found += [limit - 1024 * int(kilobytes[name])] if limit != resource.RLIM_INFINITY else []
+    return max(0, min(found, default=2**33))
+
+
+def out_of_memory(e: BaseException) -> bool:
+    """Whether an exception says so, of a GPU's allocator (one type) or of the CPU's (a RuntimeError like others)."""
+    return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(e) or "bad_alloc" in str(e)
 
 
 def compile_error(device: torch.device) -> str | None:

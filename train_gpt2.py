@@ -49,8 +49,8 @@ import hellaswag
 import optim
 import runlog
 import shards
-from distributed import INTERRUPTED, Stop, Stopped, World, all_sum, autocast_dtype, compile_error, from_first, \
-    same_bits, setup
+from distributed import INTERRUPTED, Stop, Stopped, World, all_sum, autocast_dtype, compile_error, free_memory, \
+    from_first, out_of_memory, same_bits, setup
 from model import GPT, GPTConfig
 from tokenizer import N_VOCAB, token_bytes
 
@@ -112,6 +112,48 @@ def build_model(cfg, say) -> GPT:
         raise UserError(f"T {cfg.T} exceeds the model's block_size {model.config.block_size}; "
                         f"hint: --T {model.config.block_size}")
     return model
+
+
+def fit_batch(cfg, model: GPT, train_model, world: World, autocast, held: int, say) -> int:
+    """The largest micro-batch that divides the batch and whose passes fit beside `held` more bytes; found by trying.
+
+    All processes try together, from an estimate downwards. Raises UserError when one sequence does not fit.
+    """
+    c, sequences, free = model.config, cfg.total_batch // (cfg.T * world.world_size), free_memory(world.device)
+    on_gpu = world.device.type == "cuda"
+    most = min(sequences, max(1, (131072 if on_gpu else 8192) // cfg.T))  # tokens beyond which speed gains nothing
+    # bytes of a token in bf16: 34 C a layer (Korthikanti et al. 2022, without T x T attention), logits and gradients 8 V
+    token = (34 * c.n_layer * c.n_embd + 8 * c.vocab_size) * (1 if autocast_dtype(world.device, cfg.dtype) == torch.bfloat16 else 2)
+    # a GPU that is asked for too much says so; on a CPU the kernel kills, and a heap that keeps what is freed grows: by
+    # 0.85 GB in three steps that have 0.41 GB in use at a time
+    room = (1.5 if on_gpu else 0.4) * free - held
+
+    def fits(B: int) -> bool:
+        if B > 1 and B * cfg.T * token > room:
+            return False
+        try:
+            reserve, tokens = (torch.empty(held, dtype=torch.uint8, device=world.device),
+                               torch.zeros(B, cfg.T, dtype=torch.int64, device=world.device))
+            with autocast():
+                train_model(tokens, tokens.clone()).backward()
+            del reserve
+        except (RuntimeError, MemoryError) as e:
+            if not out_of_memory(e):
+                raise
+            return False
+        finally:
+            model.zero_grad(set_to_none=True)
+        return True
+
+    for B in (b for b in range(most, 0, -1) if sequences % b == 0):
+        if all_sum(torch.tensor(float(fits(B)))).item() == world.world_size:
+            say(f"batch | B = {B} is the largest that divides the batch and fits into {free / 1e9:.1f} GB")
+            return B
+        torch._dynamo.reset()
+        if on_gpu:
+            torch.cuda.empty_cache()
+    raise UserError(f"not even one sequence of T = {cfg.T} fits into {free / 1e9:.1f} GB; hint: --recompute True, or --T "
+                    f"{cfg.T // 2}")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -189,6 +231,11 @@ def main():
             raise stop.error
         say(f"interrupted by {stop.reason} before the first step, nothing was lost; to go on: the same command again")
         status = INTERRUPTED
+    except (RuntimeError, MemoryError) as e:
+        if not out_of_memory(e):
+            raise
+        raise UserError(f"out of memory with --B {cfg.B} --T {cfg.T} ({one_line(e)}); hint: a smaller --B or --B auto, then "
+                        "--recompute True") from None
     finally:
         stop.close()
     if dist.is_initialized():
@@ -239,14 +286,12 @@ def run(cfg, notes: list[str], world: World, stop: Stop, say) -> int:
     dtype = autocast_dtype(world.device, cfg.dtype)
     autocast = lambda: torch.autocast(world.device.type, dtype=dtype, enabled=dtype != torch.float32)
     torch.set_float32_matmul_precision("high")  # TF32 for the few float32 matmuls on a GPU; no effect on the CPU
-    micro_steps = cfg.total_batch // (cfg.B * cfg.T * world.world_size)
     say(f"model | {model.num_params():,} parameters | {model.flops_per_token(cfg.T) / 1e6:.1f} MFLOP a token | "
         f"{world.world_size} x {world.device.type}, {str(dtype).removeprefix('torch.')}")
-    say(f"batch | {cfg.total_batch:,} tokens a step = micro-steps: {micro_steps} x rows: {cfg.B} x tokens: {cfg.T} x "
-        f"processes: {world.world_size}")
     if cfg.dry_run:
         say(json.dumps(dataclasses.asdict(cfg), indent=1))
         return 0
+    model.recompute = cfg.recompute
     params, optimizer = list(model.parameters()), optim.adamw(model, cfg.max_lr, cfg.betas, cfg.weight_decay)
     if found:
         checkpoint.restore(found[0], model, None if cfg.eval_only else optimizer)
@@ -259,6 +304,12 @@ def run(cfg, notes: list[str], world: World, stop: Stop, say) -> int:
         same_bits()  # gradient in the order in which they come by
     train_model = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
     eval_model = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
+    if cfg.B == "auto":
+        held = sum(4 * p.numel() for p in params) * (2 * (not found) + dist.is_initialized())  # AdamW's averages, DDP's sums
+        cfg = dataclasses.replace(cfg, B=fit_batch(cfg, model, train_model, world, autocast, held, say))
+    micro_steps = cfg.total_batch // (cfg.B * cfg.T * world.world_size)
+    say(f"batch | {cfg.total_batch:,} tokens a step = micro-steps: {micro_steps} x rows: {cfg.B} x tokens: {cfg.T} x "
+        f"processes: {world.world_size}")
     evaluate = Evaluator(cfg, model, eval_model, val, world, autocast, compiled, stop, say)
     if cfg.eval_only:
         evaluate(found[1]["step"] if found else 0)

@@ -5,20 +5,22 @@ bench.py as a user calls it, at a size where the figures mean nothing: exit stat
 
 import json
 import statistics
+import subprocess
+import types
 
 import numpy as np
 import pytest
 
 import bench
 import shards
-from conftest import run
+from conftest import ROOT, run
 
 TINY = ("bench.py", "step", "--size", "tiny", "--B", "2", "--T", "32", "--vocab_size", "256", "--steps", "3",
-        "--device", "cpu", "--dtype", "float32", "--use_compile", "False")
+        "--device", "cpu", "--dtype", "float32", "--use_compile", "False", "--memory", "False")
 
 
 def test_step_prints_a_table_and_one_line_of_json():
-    done = run(*TINY, "--use_rope", "True")
+    done = run(*TINY, "--preset", "gpt2-rope")
     assert done.returncode == 0, done.stderr
     *table, last = done.stdout.strip().splitlines()
     result = json.loads(last)
@@ -28,7 +30,7 @@ def test_step_prints_a_table_and_one_line_of_json():
         assert len(result[ms]) == 3
         assert result[tok_s] == pytest.approx(1e3 * 2 * 32 / statistics.median(result[ms]))
         assert any(f"{result[tok_s]:,.0f}" in line for line in table)  # absolute figures for people, too
-    assert result.items() >= dict(B=2, T=32, use_rope=True, use_compile=False, dtype="float32").items()
+    assert result.items() >= dict(B=2, T=32, preset="gpt2-rope", use_compile=False, dtype="float32").items()
     assert {"torch", "transformers", "threads", "device"} <= result.keys()
 
 
@@ -103,3 +105,110 @@ def test_save_prints_a_table_and_one_line_of_json(tmp_path):
     result = json.loads(done.stdout.strip().splitlines()[-1])
     assert result["ratio"] == pytest.approx(result["synchronous_ms"] / result["save_ms"]) and len(result["ours_ms"]) == 2
     assert result["bytes"] > 3 * 4 * 50304 * 64 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_hellaswag_counts_other_choices(tmp_path):
+    """Both sides score the same endings alike in float32; in bfloat16 the usual way is held against itself in float32."""
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        done = run("bench.py", "hellaswag", "--size", "tiny", "--items", "8", "--rounds", "2", "--device", "cpu", "--dtype", dtype,
+                   "--data", ROOT / "tests" / "hellaswag_items.jsonl")
+        assert done.returncode == 0, done.stderr
+        found[dtype] = json.loads(done.stdout.strip().splitlines()[-1])
+        assert found[dtype]["ratio"] > 0 and len(found[dtype]["ours_ms"]) == 2
+    assert found["float32"]["other_choices"] == 0 and found["float32"]["largest_difference"] < 1e-3
+    assert "other_than_float32" not in found["float32"] and {"other_than_float32", "baseline_other_than_float32"} <= found["bfloat16"].keys()
+    a, b = np.array([[1, 2, 3, 4], [1, 2, 3, 4], [1, 1.0000001, 2, 3]]), np.array([[1, 2, 3, 4], [2, 1, 3, 4], [1.0000001, 1, 2, 3]])
+    assert bench.other_choices(a, b, np.ones((3, 4))) == 1  # the last is a draw
+
+
+SMALL = ("--size", "tiny", "--vocab_size", "256", "--steps", "2", "--warmup", "1", "--device", "cpu", "--dtype", "float32", "--use_compile", "False")
+
+
+def json_of(*args):
+    done = run("bench.py", *args)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_step_measures_memory_and_a_compiled_baseline():
+    result = json_of("step", *SMALL, "--B", "2", "--T", "32")
+    assert result["memory_ratio"] == pytest.approx(result["peak"] / result["baseline_peak"]) and 1e8 < result["peak"] < 4e9
+    bigger = bench.peak_memory(bench.Step(size="tiny", B=64, T=256, vocab_size=4096, device="cpu", use_compile=False), "ours")
+    assert bigger - result["peak"] > 2 * 64 * 256 * 4096 * 4  # logits and their gradient
+
+
+def test_profile_adds_up():
+    """Kinds and gaps make the step's time; matrix products are found under their name."""
+    result = json_of("profile", *SMALL, "--B", "2", "--T", "64")
+    assert result["ms"]["matmul"] > 0 and result["ms"]["attention"] > 0 and result["ms"]["optimiser, clip"] > 0
+    assert result["ratio"] == pytest.approx(sum(result["floor_ms"].values()) / statistics.median(result["step_ms"]))
+
+
+@pytest.mark.slow
+def test_sweep_and_ddp():
+    result = json_of("sweep", *SMALL, "--Bs", "1", "2", "--Ts", "16", "32")
+    assert set(result["tok_s"]) == {"1x16", "1x32", "2x16", "2x32"} and 0 < result["ratio"] <= 1
+    result = json_of("ddp", *SMALL, "--B", "1", "--T", "16")
+    assert len(result["alone_ms"]) == len(result["ddp_ms"]) == 4  # two steps of two processes
+    assert result["lost"] == pytest.approx(1 - statistics.median(result["alone_ms"]) / statistics.median(result["ddp_ms"]))
+
+
+@pytest.mark.slow
+def test_startup_is_faster_once_compiled():
+    result = json_of("startup", "--rounds", "1", "--device", "cpu")
+    assert result["first_s"][0] > result["cached_s"][0] > 0
+
+
+def test_suite_runs_each_variant_and_tells_of_failures(tmp_path, monkeypatch, capsys):
+    """Every command line of it is one that bench.py takes; a line for each result; a failure does not end it."""
+    settings, asked = {name: kind for name, (kind, _) in bench.PARTS.items()}, []
+    def run_it(command, **more):
+        if "pytest" in command:
+            return subprocess.CompletedProcess(command, 0)
+        args = bench.tyro.extras.subcommand_cli_from_dict(settings, args=command[2:], use_underscores=True, config=(bench.tyro.conf.FlagConversionOff,))
+        asked.append(args)
+        return subprocess.CompletedProcess(command, int(getattr(args, "attention", "") == "cudnn"), json.dumps({"ratio": len(asked)}))
+    monkeypatch.setattr(bench, "subprocess", types.SimpleNamespace(run=run_it, PIPE=None))
+    result = bench.suite(bench.Suite(device="cpu", out=str(tmp_path)))
+    (file,) = tmp_path.glob("bench_cpu*.jsonl")
+    assert [json.loads(line)["ratio"] for line in file.read_text().splitlines()] == [i for i, a in enumerate(asked, 1) if getattr(a, "attention", "") != "cudnn"]
+    assert result["ratio"] == 1 and len(result["failed"]) == 1 and "cudnn" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_prepare_prints_a_table_and_one_line_of_json(tmp_path):
+    rows = [{"text": f"Document {i}, with <|endoftext|>.  Two blanks\n\nand naïve words." * (i % 7 + 1)} for i in range(200)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run("bench.py", "prepare", "--data", tmp_path / "a.jsonl", "--rounds", "2")
+    assert done.returncode == 0, done.stderr
+    *table, last = done.stdout.strip().splitlines()
+    result = json.loads(last)
+    assert result["ratio"] == pytest.approx(result["tok_s"] / result["baseline_tok_s"]) and len(result["batch_ratios"]) == 2
+    assert result["batch_ratio"] == pytest.approx(result["tok_s"] / result["batch_tok_s"])
+    assert 10**8 < result["peak_bytes"] < 10**9 and any("peak memory" in line for line in table)
+    done = run("bench.py", "prepare", "--data", tmp_path / "none")
+    assert done.returncode == 2 and "none" in done.stderr and "hint:" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_generate_prints_a_table_and_one_line_of_json():
+    """Both sides continue alike in float32; ratios are of each side's best; the floor is told; mistakes are one line."""
+    tiny = ("bench.py", "generate", "--size", "tiny", "--batches", "1", "3", "--new_tokens", "6", "--rounds", "1", "--device", "cpu",
+            "--dtypes", "float32", "bfloat16")
+    done = run(*tiny)
+    assert done.returncode == 0, done.stderr
+    *table, last = done.stdout.strip().splitlines()
+    result = json.loads(last)
+    assert result["part"] == "generate" and result["same_tokens"] == {"batch 1": 1, "batch 3": 1}
+    best = lambda side, B: max(result["tok_s"][f"{side} {t}, batch {B}"] for t in ("float32", "bfloat16"))
+    for B in (1, 3):
+        assert result[f"batch{B}_ratio"] == pytest.approx(best("ours", B) / best("transformers", B))
+    assert result["int8_ratio"] == pytest.approx(result["tok_s"]["ours int8, batch 1"] / best("transformers", 1))
+    assert result["tok_s"]["ours int8, batch 1"] == pytest.approx(1e3 * 6 / result["ms"]["ours int8, batch 1"][0])
+    bytes_of = {t: result["read_gb_s"] * 1e9 / result["floor_tok_s"][f"ours {t}, batch 1"] for t in ("float32", "bfloat16", "int8")}
+    assert bytes_of["bfloat16"] == pytest.approx(bytes_of["float32"] / 2, rel=0.02) and bytes_of["int8"] < 0.6 * bytes_of["bfloat16"]
+    assert result["deviation"]["int8"]["largest"] > 0 and result["deviation"]["int8"]["same_token"] > 0.9
+    assert any("share" in line for line in table) and any("read once a token" in line for line in table)
+    done = run(*tiny, "--batches", "0")
+    assert done.returncode == 2 and done.stderr.startswith("error: batches is (0,)") and done.stderr.count("\n") == 1

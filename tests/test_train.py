@@ -10,7 +10,7 @@ import pytest
 import checkpoint
 import train_gpt2
 from config import PRESETS, TrainConfig, UserError, from_command_line, preset, problems
-from conftest import TINY, run, write_shards
+from conftest import ROOT, TINY, run, write_shards
 
 
 @pytest.fixture(scope="module")
@@ -240,3 +240,42 @@ def test_a_missing_compiler_is_one_line(data, tmp_path):
 def test_dry_run_writes_nothing(train, tmp_path):
     records, out = train("gpt2-rope", "--dry_run", "True")
     assert not (tmp_path / "r").exists() and '"max_lr": 0.0018' in out
+
+
+# ---- memory --------------------------------------------------------------------------------------------------------
+
+LIMITED = """
+import re, resource, sys
+sys.path.insert(0, {root!r})
+import config, matplotlib.pyplot, torch._dynamo, train_gpt2
+from pathlib import Path
+held = 1024 * int(re.search(r"VmData:\\s+(\\d+)", Path("/proc/self/status").read_text()).group(1))
+resource.setrlimit(resource.RLIMIT_DATA, (held + {more}, -1)) if {more} else None
+config.command_line(train_gpt2.main)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA")
+@pytest.mark.slow
+def test_auto_takes_the_largest_micro_batch_that_fits(tmp_path):
+    """Under a memory limit a smaller one, with the same losses; one that is given and does not fit: one line, with the way out."""
+    data = write_shards(tmp_path / "data", {"train": [6000], "val": [2000]})
+    losses, B = {}, {}
+    for more in (0, 1_200_000_000):
+        (tmp_path / "go.py").write_text(LIMITED.format(root=str(ROOT), more=more))
+        args = [*TINY, "--data_root", data, "--log_dir", tmp_path / str(more), "--max_steps", "3", "--run_name", "r"]
+        args[args.index("--vocab_size") + 1], args[args.index("--B") + 1] = "50304", "auto"
+        args[args.index("--T") + 1], args[args.index("--total_batch") + 1] = "128", "2048"
+        done = run(tmp_path / "go.py", "gpt2-rope", *args)
+        assert done.returncode == 0, done.stdout + done.stderr
+        B[more] = json.loads((tmp_path / str(more) / "r" / "config.json").read_text())["B"]
+        assert f"B = {B[more]} is the largest" in done.stdout
+        records = [json.loads(line) for line in (tmp_path / str(more) / "r" / "metrics.jsonl").read_text().splitlines()]
+        losses[more] = [r["train/loss"] for r in records if "train/loss" in r]
+    assert B[0] == 16 and B[1_200_000_000] in (2, 4, 8)
+    assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1_200_000_000], abs=1e-5)
+    args[args.index("--B") + 1] = "16"
+    (tmp_path / "go.py").write_text(LIMITED.format(root=str(ROOT), more=600_000_000))
+    done = run(tmp_path / "go.py", "gpt2-rope", *args, "--resume", "never", "--log_dir", tmp_path / "given")
+    assert done.returncode == 2 and "error: out of memory with --B 16 --T 128" in done.stderr and "hint: a smaller --B or --B auto" in done.stderr
+    assert "Traceback" not in done.stderr
