@@ -207,7 +207,7 @@ def test_generate_prints_a_table_and_one_line_of_json():
     assert result["int8_ratio"] == pytest.approx(result["tok_s"]["ours int8, batch 1"] / best("transformers", 1))
     assert result["tok_s"]["ours int8, batch 1"] == pytest.approx(1e3 * 6 / result["ms"]["ours int8, batch 1"][0])
     bytes_of = {t: result["read_gb_s"] * 1e9 / result["floor_tok_s"][f"ours {t}, batch 1"] for t in ("float32", "bfloat16", "int8")}
-    assert bytes_of["bfloat16"] == pytest.approx(bytes_of["float32"] / 2, rel=0.02) and bytes_of["int8"] < 0.6 * bytes_of["bfloat16"]
+    assert bytes_of["bfloat16"] == pytest.approx(bytes_of["float32"] / 2, rel=0.1) and bytes_of["int8"] < 0.6 * bytes_of["bfloat16"]
     assert result["deviation"]["int8"]["largest"] > 0 and result["deviation"]["int8"]["same_token"] > 0.9
     assert any("share" in line for line in table) and any("read once a token" in line for line in table)
     done = run(*tiny, "--batches", "0")
