@@ -1,0 +1,175 @@
+"""python -m pytest tests/test_notebooks.py [-m slow] : notebooks run, hold what they print; notes point at things that exist.
+
+`jupyter execute --inplace NOTEBOOK` runs a notebook anew and stores its outputs. A cell tagged "exact" prints the same everywhere:
+its text must equal the new run's. Other text (times, losses after training) may differ in its numbers, not in its words. Pictures
+that a notebook saves in images/ must look like those of the new run.
+"""
+
+import ast
+import re
+import shutil
+import subprocess
+
+import nbclient
+import nbformat
+import numpy as np
+import pytest
+
+from conftest import ROOT
+from test_readme import clone  # noqa: F401, a fixture: the tracked files alone
+
+LISTED = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "*.ipynb"], cwd=ROOT, capture_output=True, text=True)
+NOTEBOOKS = LISTED.stdout.split() or sorted(p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("*.ipynb"), *ROOT.glob("play-nbs/*.ipynb")])
+NOTES = sorted(p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("notes/*.md"), ROOT / "README.md"])
+TEXTS = NOTEBOOKS + NOTES
+
+
+def read(name: str):
+    return nbformat.read(ROOT / name, as_version=4)
+
+
+def code(notebook) -> list:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def printed(cell) -> str:
+    return "".join(output.get("text", "") for output in cell.outputs)
+
+
+def pictures(cell) -> int:
+    return sum("image/png" in output.get("data", {}) for output in cell.outputs)
+
+
+def prose(name: str) -> str:
+    """The markdown of a file, without its code blocks."""
+    text = "\n\n".join(cell.source for cell in read(name).cells if cell.cell_type == "markdown") if name.endswith("ipynb") else (ROOT / name).read_text()
+    return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# notebooks
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_holds_one_clean_run(name):
+    """Cells in order, no error, nothing on stderr, no path of the machine it ran on, at most 1 MB."""
+    assert (ROOT / name).stat().st_size <= 1_000_000
+    notebook = read(name)
+    nbformat.validate(notebook)
+    cells = code(notebook)
+    assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)]
+    for cell in cells:
+        assert not any(output.output_type == "error" or output.get("name") == "stderr" for output in cell.outputs), cell.source
+        if "exact" in cell.metadata.get("tags", ()):
+            assert printed(cell), cell.source
+        # a path: a slash at the beginning of a word, with a second one (" / n" divides, "/tmp/x" does not)
+        assert not re.search(r"(?<![\w.)}\]/>:~])/\w[\w.-]*/\w", cell.source + "\n" + printed(cell)), cell.source
+    assert not re.search(r"/(home|tmp|root|Users|work)/", str(notebook)), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in NOTEBOOKS if n != "load-hf-gpt2.ipynb"])  # test_hf.py runs that one
+def test_a_notebook_runs_and_its_outputs_are_those_of_the_run(name, clone, monkeypatch):  # noqa: F811
+    """From a fresh kernel, in its own directory of a copy that holds the tracked files alone, without a network."""
+    if not (clone / "log" / "reference").exists():  # the copy of a tree without git
+        shutil.copytree(ROOT / "log" / "reference", clone / "log" / "reference")
+    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(variable, "1")
+    for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")  # nobody listens there
+    stored, fresh = read(name), read(name)
+    for cell in code(fresh):
+        cell.outputs, cell.execution_count = [], None
+    where = (clone / name).parent
+    where.mkdir(exist_ok=True)
+    nbclient.NotebookClient(fresh, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(where)}}).execute()
+    words = lambda text: re.sub(r"[-+−]?\d[\d,.]*(e[-+]?\d+)?|\s+", " ", text).split()
+    for before, after in zip(code(stored), code(fresh)):
+        if "exact" in before.metadata.get("tags", ()):
+            assert printed(before) == printed(after)
+        assert words(printed(before)) == words(printed(after))
+        assert pictures(before) == pictures(after)
+    saved = re.findall(r'"([\w-]+\.png)"', "\n".join(cell.source for cell in code(stored)))
+    for picture in saved:
+        assert like(ROOT / "images" / picture, clone / "images" / picture), f"images/{picture} is not what {name} draws"
+
+
+def like(a, b) -> bool:
+    """The same size within 3% and, where it is the same, nearly the same pixels: fonts and training differ between machines."""
+    import matplotlib.image
+    a, b = (matplotlib.image.imread(path)[..., :3] for path in (a, b))
+    if a.shape != b.shape:
+        return np.allclose(a.shape, b.shape, rtol=0.03)
+    return np.abs(a - b).mean() < 0.05
+
+
+def test_each_preset_has_one_colour_everywhere():
+    tables = {}
+    for name in NOTEBOOKS:
+        for cell in code(read(name)):
+            for node in ast.walk(ast.parse(re.sub(r"^\s*[!%].*$", "pass", cell.source, flags=re.MULTILINE))) if "COLORS" in cell.source else ():
+                if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "COLORS":
+                    tables[name] = ast.literal_eval(node.value)
+    table = tables["make-plots.ipynb"]
+    okabe_ito = {"#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999"}
+    assert set(table.values()) <= okabe_ito and len(set(table.values())) == len(table)
+    for name, colors in tables.items():
+        assert colors.items() <= table.items(), name
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# notes
+
+
+def anchors(path) -> set[str]:
+    """The anchors that GitHub makes of a file's headings."""
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_links_lead_somewhere(name):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(name)):
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        found = ((ROOT / name).parent / path).resolve() if path else ROOT / name
+        assert found.exists(), f"{name}: {target}"
+        assert not anchor or found.suffix != ".md" or anchor in anchors(found), f"{name}: {target}"
+
+
+def names_in(file: str) -> set[str]:
+    """What a module defines: functions, classes and their members and fields, constants; also `PRESETS`' keys."""
+    names = set()
+
+    def collect(body, prefix=""):
+        for node in body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                names.add(prefix + node.name)
+                collect(node.body if isinstance(node, ast.ClassDef) else [n for n in node.body if isinstance(n, ast.FunctionDef)], f"{prefix}{node.name}.")
+            elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+                for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                    names.update(prefix + n.id for n in ast.walk(target) if isinstance(n, ast.Name))
+
+    collect(ast.parse((ROOT / file).read_text()).body)
+    return names
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_code_that_is_pointed_at_exists(name):
+    """`file.py: name` and `file.py: Class.method`, several separated by commas."""
+    for file, listed in re.findall(r"`(\w+\.py): ([\w., ]+)`", prose(name)):
+        assert (ROOT / file).exists(), f"{name}: {file}"
+        for wanted in listed.split(", "):
+            assert wanted in names_in(file), f"{name}: {file} has no {wanted}"
+
+
+def test_figures_said_to_be_from_the_log_are_in_it():
+    """In the lecture notes' table of effects, each row names its source; where that is a file of ours, its figures must be in it."""
+    text, checked = (ROOT / "notes" / "lecture_notes.md").read_text(), 0
+    for effect, source in re.findall(r"^\| [^|]+ \| ([^|]+) \| ([^|]+) \|$", text, re.MULTILINE):
+        if target := re.search(r"\]\(([^)#]+)[^)]*\)", source):
+            found = ((ROOT / "notes") / target[1]).read_text()
+            for figure in re.findall(r"\d[\d,.]*\d|\d", effect):
+                assert figure in found, f"{figure} ({effect}) is not in {target[1]}"
+                checked += 1
+    assert checked > 10
