@@ -867,9 +867,14 @@ def read_speed(device: torch.device) -> float:
 
 
 def bytes_read(model: torch.nn.Module) -> int:
-    """Bytes of weights that one token needs: all but the look-ups (the embedding counts, as the head)."""
+    """Bytes of weights that one token needs: all but the look-ups (the embedding counts where it is the head, too)."""
     tensors = {name: t for name, t in [*model.named_parameters(), *model.named_buffers()]}
-    return sum(t.nbytes for name, t in tensors.items() if "wpe" not in name and not ("wte" in name and "out.weight" in tensors))
+    unread = ["wpe.weight"]
+    if "out.weight" in tensors:  # packed: the head is there a second time, in another type
+        unread += ["wte.weight", "lm_head.weight"]
+    elif "lm_head.weight" in tensors:
+        unread += ["wte.weight"]
+    return sum(t.nbytes for name, t in tensors.items() if not name.endswith(tuple(unread)))
 
 
 def deviations(model: GPT, models: dict, device: torch.device) -> dict:

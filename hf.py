@@ -7,6 +7,7 @@ The files are read and written as such: no `transformers` needed, no random mode
     learned positions  as GPT2LMHeadModel
     RoPE               as Starcoder2ForCausalLM: GPT-2 with RoPE down to biases, tanh-GELU and tied head. (GPTNeoX with
                        use_parallel_residual=False is as exact, but llama.cpp opens it with an untied head only)
+    modern             as NanoChatForCausalLM, which turns queries and keys the other way round: their halves change places
     SwiGLU             not at all: no class of transformers 5 has it together with LayerNorm and biases
 """
 
@@ -51,9 +52,11 @@ REPRESENTABLE = {
 # Stored as (in, out) by transformers, which keeps OpenAI's Conv1D; nn.Linear has (out, in).
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
-# Our names and Starcoder2's, in the order of their replacement, once c_attn is split into q_proj, k_proj and v_proj.
+# Our names and theirs, in the order of their replacement, once c_attn is split into q_proj, k_proj and v_proj.
 STARCODER2 = {"h.": "layers.", "wte": "embed_tokens", "ln_f": "norm", "ln_1": "input_layernorm",
               "ln_2": "post_attention_layernorm", "attn.c_proj": "attn.o_proj", "attn.": "self_attn."}
+NANOCHAT = {"h.": "layers.", "wte": "embed_tokens", "attn.c_proj": "attn.o_proj", "attn.": "self_attn.", "c_fc": "fc1",
+            "mlp.c_proj": "mlp.fc2"}
 
 
 def from_pretrained(name_or_folder: str) -> GPT:
@@ -153,9 +156,16 @@ def layout(model: GPT) -> tuple[dict, dict[str, torch.Tensor]]:
         raise UserError("no class of transformers computes this model: SwiGLU with LayerNorm and biases; "
                         "hint: generate.py and hellaswag.py open its checkpoint, gpt2-rope is the nearest that exports")
     rows = min(c.vocab_size, N_VOCAB)
-    weights["wte.weight"] = weights["wte.weight"][:rows]
+    weights |= {key: weights[key][:rows] for key in ("wte.weight", "lm_head.weight") if key in weights}
     end = EOT if rows == N_VOCAB else None
-    common = dict(vocab_size=rows, tie_word_embeddings=True, bos_token_id=end, eos_token_id=end, dtype="float32")
+    common = dict(vocab_size=rows, tie_word_embeddings=not c.modern, bos_token_id=end, eos_token_id=end, dtype="float32")
+    if c.modern:
+        config = dict(model_type="nanochat", architectures=["NanoChatForCausalLM"], hidden_size=c.n_embd,
+                      intermediate_size=4 * c.n_embd, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
+                      num_key_value_heads=c.n_head, max_position_embeddings=c.block_size, rope_theta=10000.0,
+                      hidden_act="relu2", rms_norm_eps=1e-6, final_logit_softcapping=15.0, attention_bias=False,
+                      pad_token_id=None)
+        return config | common, nanochat(weights, c.n_head)
     if c.use_rope:
         # rope_theta: the base of model.rope_tables; transformers 5 makes its rope_parameters of it, 4 reads it as it is
         config = dict(model_type="starcoder2", architectures=["Starcoder2ForCausalLM"], hidden_size=c.n_embd,
@@ -170,18 +180,31 @@ def layout(model: GPT) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 def starcoder2(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights of a RoPE model under the names of Starcoder2ForCausalLM, which has three matrices for q, k and v."""
+    """Weights of a RoPE model under the names of Starcoder2ForCausalLM."""
+    return {f"model.{key}": w for key, w in renamed(weights, STARCODER2).items()}
+
+
+def nanochat(weights: dict[str, torch.Tensor], n_head: int) -> dict[str, torch.Tensor]:
+    """Weights of a modern model for NanoChatForCausalLM, which turns (x1, x2) by minus our angle: as good as (x2, x1) by ours."""
+    head, weights = weights.pop("lm_head.weight"), renamed(weights, NANOCHAT)
+    for key in [key for key in weights if "q_proj" in key or "k_proj" in key]:
+        weights[key] = weights[key].view(n_head, 2, -1, weights[key].shape[1]).flip(1).reshape(weights[key].shape)
+    return {f"model.{key}": w for key, w in weights.items()} | {"lm_head.weight": head}
+
+
+def renamed(weights: dict[str, torch.Tensor], names: dict[str, str]) -> dict[str, torch.Tensor]:
+    """Weights under other names, one replaced after the other, and c_attn as three matrices."""
     for key in [key for key in weights if "c_attn" in key]:
         weights |= {key.replace("c_attn", f"{part}_proj"): w for part, w in zip("qkv", weights.pop(key).chunk(3))}
-    for ours, theirs in STARCODER2.items():
+    for ours, theirs in names.items():
         weights = {key.replace(ours, theirs): w for key, w in weights.items()}
-    return {f"model.{key}": w for key, w in weights.items()}
+    return weights
 
 
 def model_card(path: Path, state: dict, c: GPTConfig, architecture: str, parameters: int) -> str:
     """README.md of an export: how to load it, what it is, and what its run found. path, state: the checkpoint."""
     rows = {"model": f"{parameters:,} parameters, {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, "
-                     f"{'rotary' if c.use_rope else 'learned'} positions, context of {c.block_size} tokens"}
+                     f"{'rotary' if c.rotary else 'learned'} positions, context of {c.block_size} tokens"}
     rows |= run_rows(path, state) if "config" in state else {"weights": f"from {Path(state.get('source', '?')).name}"}
     rows["written by"] = ", ".join(f"{name} {version}" for name, version in state["versions"].items())
     return f"""---
@@ -216,7 +239,7 @@ def run_rows(path: Path, state: dict) -> dict[str, str]:
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{run_dir}/metrics.jsonl cannot be read ({one_line(e)}); hint: without it, no figures are given")
     data, cfg["init_from"] = Path(cfg["data_root"]).name, Path(cfg["init_from"]).name
-    keys = ("preset", "init_from", "max_lr", "min_lr", "warmup_steps", "weight_decay", "betas", "grad_norm_clip", "T",
+    keys = ("preset", "init_from", "optimizer", "schedule", "max_lr", "min_lr", "warmup_steps", "weight_decay", "betas", "grad_norm_clip", "T",
             "total_batch", "data_order", "data_seed", "seed")
     rows = {"trained": f"{step:,} of {cfg['max_steps']:,} steps, {step * cfg['total_batch']:,} tokens of {data}",
             "settings": ", ".join(f"{k} {f'{v:g}' if isinstance(v := cfg[k], float) else v}" for k in keys if cfg[k] != "")}

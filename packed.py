@@ -47,7 +47,7 @@ class PackedLinear(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("bias", torch.zeros(len(padded)))
         if bias is not None:
-            self.bias[: self.N] = bias
+            self.bias[: self.N] = bias.detach()
         self.run = getattr(kernels(), f"linear_{str(dtype).removeprefix('torch.')}")
         self.fixed = [ctypes.c_void_p(t.data_ptr()) for t in (self.weight, self.scale, self.bias)]
 
@@ -68,10 +68,10 @@ class PackedGPT(GPT):
         with torch.device("meta"):
             super().__init__(model.config)
         self.load_state_dict(model.state_dict(), assign=True)
-        self.out = PackedLinear(self.wte.weight.detach(), None, dtype)
+        self.out = PackedLinear(self.head_weight.detach(), None, dtype)
         for part in (part for block in self.h for part in (block.attn, block.mlp)):
             for name, layer in part.named_children():
-                setattr(part, name, PackedLinear(layer.weight.detach(), layer.bias.detach(), dtype))
+                setattr(part, name, PackedLinear(layer.weight.detach(), layer.bias, dtype))
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
-        return self.out(x)
+        return self.cap(self.out(x))

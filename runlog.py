@@ -1,4 +1,8 @@
-"""Records of a run: the console line, metrics.jsonl, curves.png, and Weights & Biases when wanted."""
+"""Records of a run: the console line, metrics.jsonl, curves.png, and Weights & Biases when wanted.
+
+    python runlog.py compare log/gpt2-rope log/gpt2-modern --x tokens --out compare.png    a table and a picture
+    python runlog.py curves --run_dir log/gpt2-rope                                         curves.png of a run, again
+"""
 
 import dataclasses
 import json
@@ -15,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from config import UserError, one_line
+from config import UserError, command_line, one_line
 from distributed import World, all_sum
 from shards import Windows
 from tokenizer import N_VOCAB
@@ -303,3 +307,12 @@ def curves(run_dir: Path):
         ax.grid(alpha=0.3)
     fig.savefig(Path(run_dir) / "curves.png", dpi=120)
     plt.close(fig)
+
+
+if __name__ == "__main__":
+    import tyro
+
+    import compare
+    command_line(lambda: tyro.extras.subcommand_cli_from_dict(
+        {"compare": compare.main, "curves": curves}, description=__doc__, use_underscores=True,
+        config=(tyro.conf.FlagConversionOff,)))

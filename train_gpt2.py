@@ -107,7 +107,10 @@ def build_model(cfg, say) -> GPT:
     else:
         torch.manual_seed(cfg.seed)
         model = GPT(GPTConfig(cfg.block_size, cfg.vocab_size, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.use_rope,
-                              cfg.use_swiglu))
+                              cfg.use_swiglu, cfg.arch))
+    if cfg.optimizer == "muon" and not model.config.modern:
+        raise UserError(f"optimizer muon needs arch modern, {cfg.init_from} has arch {model.config.arch}; "
+                        "hint: --optimizer adamw --max_lr 6e-4")
     if cfg.T > model.config.block_size:
         raise UserError(f"T {cfg.T} exceeds the model's block_size {model.config.block_size}; "
                         f"hint: --T {model.config.block_size}")
@@ -292,7 +295,7 @@ def run(cfg, notes: list[str], world: World, stop: Stop, say) -> int:
         say(json.dumps(dataclasses.asdict(cfg), indent=1))
         return 0
     model.recompute = cfg.recompute
-    params, optimizer = list(model.parameters()), optim.adamw(model, cfg.max_lr, cfg.betas, cfg.weight_decay)
+    params, optimizer = list(model.parameters()), optim.build(cfg, model, dtype)
     if found:
         checkpoint.restore(found[0], model, None if cfg.eval_only else optimizer)
     stop.poll()
@@ -392,9 +395,8 @@ def run(cfg, notes: list[str], world: World, stop: Stop, say) -> int:
                 meter.restart()
 
             # one optimiser step: the only part on the clock
-            lr = optim.cosine(step, cfg.max_lr, cfg.min_lr, cfg.warmup_steps, cfg.max_steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            lr = getattr(optim, cfg.schedule)(step, cfg.max_lr, cfg.min_lr, cfg.warmup_steps, cfg.max_steps)
+            optim.set_rates(optimizer, lr, step, cfg.max_steps)
             loss_sum, sums, digest, save_due = torch.zeros((), device=world.device), None, 0, False
             for micro_step in range(micro_steps):
                 try:
@@ -417,7 +419,9 @@ def run(cfg, notes: list[str], world: World, stop: Stop, say) -> int:
                     p.grad = grad
             else:
                 loss_sum = all_sum(loss_sum) / world.world_size
-            norm = torch.nn.utils.clip_grad_norm_(params, cfg.grad_norm_clip)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+            if cfg.grad_norm_clip:
+                torch.nn.utils.clip_grads_with_norm_(params, cfg.grad_norm_clip, norm)
             healthy = torch.isfinite(loss_sum) & torch.isfinite(norm)  # the same in all processes
             optim.step_if(healthy, optimizer)
             optimizer.zero_grad(set_to_none=True)

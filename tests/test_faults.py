@@ -221,6 +221,7 @@ def test_ended_ten_times_at_random_moments(whole, flags, launch, tmp_path, how):
 
 def busy(ready):
     """Trains and never polls."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
     stop = distributed.Stop(distributed.World(0, 1, torch.device("cpu")), 600)
     stop.armed = True
     ready.set()

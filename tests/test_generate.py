@@ -34,8 +34,8 @@ def make_model(**switches) -> GPT:
     return model
 
 
-@pytest.fixture(scope="module", params=[{}, dict(use_rope=True), dict(use_rope=True, use_swiglu=True)],
-                ids=["learned", "rope", "swiglu"])
+@pytest.fixture(scope="module", params=[{}, dict(use_rope=True), dict(use_rope=True, use_swiglu=True), dict(arch="modern")],
+                ids=["learned", "rope", "swiglu", "modern"])
 def model(request):
     return make_model(**request.param)
 

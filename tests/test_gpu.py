@@ -35,7 +35,8 @@ def losses_of(model, compiled: bool, dtype: torch.dtype, steps: int = 20) -> lis
     return found
 
 
-@pytest.mark.parametrize("switches", [dict(), dict(use_rope=True), dict(use_rope=True, use_swiglu=True)], ids=["learned", "rope", "swiglu"])
+@pytest.mark.parametrize("switches", [dict(), dict(use_rope=True), dict(use_rope=True, use_swiglu=True), dict(arch="modern")],
+                         ids=["learned", "rope", "swiglu", "modern"])
 def test_gpu_losses_are_those_of_the_plain_version(switches):
     """20 steps: compiled float32 as plain float32; compiled bf16, which has 8 bits, near it."""
     torch.manual_seed(0)

@@ -30,6 +30,8 @@ def make_model(**more) -> GPT:
     m = GPT(GPTConfig(**dict(block_size=256, n_layer=2, n_head=2, n_embd=32) | more))
     with torch.no_grad():
         m.wte.weight.mul_(10)
+        for p in m.parameters() if m.config.modern else ():  # half of it starts at 0
+            p.add_(0.2 * torch.randn_like(p))
     return m
 
 
@@ -55,7 +57,8 @@ def naive(model, paths, block_size=None) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("switches", [dict(), dict(use_rope=True), dict(use_rope=True, use_swiglu=True)], ids=["learned", "rope", "swiglu"])
+@pytest.mark.parametrize("switches", [dict(), dict(use_rope=True), dict(use_rope=True, use_swiglu=True), dict(arch="modern")],
+                         ids=["learned", "rope", "swiglu", "modern"])
 @pytest.mark.parametrize("protocol", hellaswag.PROTOCOLS)
 def test_equals_the_naive_loop(switches, protocol):
     """Losses of all endings to 1e-4, and the same choices, however the rows are filled."""

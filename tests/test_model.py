@@ -1,9 +1,10 @@
 """python -m pytest tests/test_model.py
 
-The laws of model.py: equality with transformers (logits, gradients, ten training steps), RoPE, SwiGLU, causality,
+The laws of model.py: equality with transformers (logits, gradients, training steps), RoPE, SwiGLU, modern, causality,
 initial weights, counts. Everything runs in float32 on the CPU and takes a few seconds.
 """
 
+import dataclasses
 import math
 
 import pytest
@@ -13,10 +14,11 @@ from torch.nn import functional as F
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding, apply_rotary_pos_emb
 
 import optim
+from config import preset
 from model import GPT, GPTConfig, SwiGLU, rope_tables, rotate
 
 SHAPE = dict(block_size=16, vocab_size=97, n_layer=3, n_head=4, n_embd=48)
-SWITCHES = [dict(), dict(use_rope=True), dict(use_swiglu=True), dict(use_rope=True, use_swiglu=True)]
+SWITCHES = [dict(), dict(use_rope=True), dict(use_swiglu=True), dict(use_rope=True, use_swiglu=True), dict(arch="modern")]
 
 
 def lively(model: torch.nn.Module) -> torch.nn.Module:
@@ -74,6 +76,45 @@ def test_logits_and_gradients_equal_transformers():
         torch.testing.assert_close(p.grad, reference, atol=1e-4, rtol=0, msg=name)
 
 
+def nanochat(model: GPT, gradients: bool = False) -> dict[str, torch.Tensor]:
+    """Weights of a modern model, or their gradients, under the names of NanoChatForCausalLM. Its angles have the other sign:
+    the halves of each head's queries and keys change places. Written out here, as twin() is."""
+    H, out = model.config.n_head, {}
+    swapped = lambda w: w.view(H, 2, -1, w.shape[1]).flip(1).reshape(w.shape)
+    named = {name: p.grad if gradients else p.detach() for name, p in model.named_parameters()}
+    for i in range(model.config.n_layer):
+        q, k, v = named[f"h.{i}.attn.c_attn.weight"].chunk(3)
+        parts = dict(q_proj=swapped(q), k_proj=swapped(k), v_proj=v, o_proj=named[f"h.{i}.attn.c_proj.weight"])
+        out |= {f"model.layers.{i}.self_attn.{name}.weight": w for name, w in parts.items()}
+        out |= {f"model.layers.{i}.mlp.fc1.weight": named[f"h.{i}.mlp.c_fc.weight"],
+                f"model.layers.{i}.mlp.fc2.weight": named[f"h.{i}.mlp.c_proj.weight"]}
+    return out | {"model.embed_tokens.weight": named["wte.weight"], "lm_head.weight": named["lm_head.weight"]}
+
+
+def test_modern_equals_nanochat():
+    """Logits, loss and gradients of transformers' NanoChatForCausalLM; logits beyond where the cap bends."""
+    ours = lively(GPT(GPTConfig(**SHAPE, arch="modern")))
+    config = transformers.NanoChatConfig(vocab_size=97, hidden_size=48, intermediate_size=192, num_hidden_layers=3,
+                                         num_attention_heads=4, max_position_embeddings=16, pad_token_id=None, use_cache=False)
+    theirs = transformers.NanoChatForCausalLM(config)
+    with torch.no_grad():
+        ours.lm_head.weight.mul_(5)
+    theirs.load_state_dict(nanochat(ours))
+    ids = tokens(3, 16)
+    logits, reference = ours(ids), theirs(ids).logits
+    assert reference.std() > 2 and reference.abs().max() > 10
+    torch.testing.assert_close(logits, reference, atol=1e-4, rtol=0)
+    loss, reference = ours(ids[:, :-1], ids[:, 1:]), theirs(ids, labels=ids).loss
+    torch.testing.assert_close(loss, reference, atol=1e-5, rtol=0)
+    loss.backward()
+    reference.backward()
+    expected = {name: p.grad for name, p in theirs.named_parameters()}
+    assert expected.keys() == (found := nanochat(ours, gradients=True)).keys()
+    for name, grad in found.items():
+        assert grad.abs().max() > 1e-4, name
+        torch.testing.assert_close(grad, expected[name], atol=1e-4, rtol=0, msg=name)
+
+
 # Losses of ten AdamW steps (learning rate 1e-3, betas 0.9 and 0.95, decay 0.1 on matrices, clip 1.0), written down at
 # the first version of model.py: a change that is not meant to change the mathematics must not change them. With one
 # thread or two, AVX512, AVX2 or neither, they differ by 1e-6.
@@ -94,6 +135,28 @@ def ten_losses(model: torch.nn.Module, loss_of, optimizer: torch.optim.Optimizer
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
     return losses
+
+
+# The same of 20 steps of gpt2-modern's optimiser (at a fifth of its rates) and schedule.
+GOLDEN_MODERN = [
+    5.09182, 5.19277, 3.70017, 3.92263, 2.86856, 3.03206, 2.40189, 2.52102, 2.10618, 2.15089,
+    1.89398, 1.89655, 1.72571, 1.72893, 1.60248, 1.60764, 1.51268, 1.52372, 1.45439, 1.47629]
+
+
+def test_twenty_steps_of_modern_equal_golden_losses():
+    cfg = dataclasses.replace(preset("gpt2-modern"), max_lr=0.005, embed_lr=0.14, head_lr=0.0008, max_steps=20)
+    model = lively(GPT(GPTConfig(**SHAPE | dict(block_size=17), arch="modern")))
+    optimizer, losses = optim.build(cfg, model, torch.float32), []
+    for step in range(20):
+        ids = tokens(4, 17, seed=10 + step % 2)
+        loss = model(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        optim.set_rates(optimizer, optim.constant_linear(step, cfg.max_lr, cfg.min_lr, 0, 20), step, 20)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.5
+    assert losses == pytest.approx(GOLDEN_MODERN, abs=1e-3)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "rope", "swiglu"])
@@ -229,8 +292,12 @@ def test_initial_weights(switches):
             assert p.eq(0).all(), name
         elif ".ln_" in name or name.startswith("ln_"):
             assert p.eq(1).all(), name
+        elif config.modern and ("c_proj" in name or "lm_head" in name):
+            assert p.eq(0).all(), name
         else:  # 8,192 values and more: the standard error of their deviation is below 1%
             std = 0.02 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 0.02
+            if config.modern:
+                std = 1.0 if name == "wte.weight" else 1 / math.sqrt(3 * 128)
             assert p.std().item() == pytest.approx(std, rel=0.04), name
             assert abs(p.mean().item()) < 5 * std / math.sqrt(p.numel()), name
     x, y = tokens(8, 64, 512), tokens(8, 64, 512, seed=6)
@@ -251,7 +318,7 @@ def test_state_dict_holds_each_number_once(switches):
     model = GPT(GPTConfig(**SHAPE, **switches))
     state = model.state_dict()
     assert state.keys() == dict(model.named_parameters()).keys() and not list(model.buffers())
-    assert not any("lm_head" in name for name in state)
+    assert any("lm_head" in name for name in state) == model.config.modern
     assert sum(w.numel() for w in state.values()) == model.num_params()
 
 
@@ -264,6 +331,9 @@ def test_parameters_and_flops_of_the_published_sizes():
         assert GPT(GPTConfig(vocab_size=50257)).num_params() == 124_439_808  # OpenAI's own
         assert GPT(GPTConfig(vocab_size=50257, n_layer=48, n_head=25, n_embd=1600)).num_params() == 1_557_611_200
         assert GPT(GPTConfig(use_rope=True)).num_params() == 124_475_904 - 1024 * 768
+        modern = GPT(GPTConfig(n_head=6, arch="modern"))  # no biases, no gains, two matrices of the vocabulary
+        assert modern.num_params() == 2 * 50304 * 768 + 12 * 12 * 768**2
+        assert modern.flops_per_token(1024) == model.flops_per_token(1024)  # the look-up is no matmul
 
 
 def test_refusals():
@@ -271,12 +341,14 @@ def test_refusals():
         GPT(GPTConfig(**SHAPE | dict(n_head=5)))
     with pytest.raises(ValueError, match="n_embd 36 .* n_head 4 heads of even width"):
         GPT(GPTConfig(**SHAPE | dict(n_embd=36), use_rope=True))
+    with pytest.raises(ValueError, match="n_head 4 heads of even width"):
+        GPT(GPTConfig(**SHAPE | dict(n_embd=36), arch="modern"))
     GPT(GPTConfig(**SHAPE | dict(n_embd=36)))  # heads of odd width are fine without RoPE
     with pytest.raises(ValueError, match="17 tokens .* block_size 16"):
         GPT(GPTConfig(**SHAPE))(tokens(1, 17))
 
 
-@pytest.mark.parametrize("switches", [dict(), dict(use_rope=True, use_swiglu=True)])
+@pytest.mark.parametrize("switches", [dict(), dict(use_rope=True, use_swiglu=True), dict(arch="modern")])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_recomputing_changes_nothing(switches, compiled):
     """Loss and gradients with activations computed twice are those with activations kept."""

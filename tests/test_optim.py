@@ -1,6 +1,7 @@
 """python -m pytest tests/test_optim.py
 
-The learning-rate schedule at its corners and between them; parameter groups; AdamW against torch's plain one.
+The learning-rate schedules at their corners and between them; parameter groups; AdamW against torch's plain one, Muon against
+torch's, on one process and on two.
 """
 
 import copy
@@ -11,6 +12,8 @@ import torch
 from hypothesis import given, strategies as st
 
 import optim
+from config import preset
+from conftest import ROOT, run
 from model import GPT, GPTConfig
 
 TINY = dict(block_size=16, vocab_size=97, n_layer=2, n_head=4, n_embd=32)
@@ -85,3 +88,111 @@ def test_decay_alone_shrinks_matrices_and_leaves_vectors():
     optimizer.step()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p, before[name] * (1 - 1e-2 * 0.1) if p.dim() == 2 else before[name])
+
+
+# ---- schedules by name ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("schedule", [optim.cosine, optim.linear, optim.constant_linear])
+def test_every_schedule_warms_up_reaches_its_peak_and_ends_at_the_minimum(schedule):
+    lr = lambda step, warmup=10: schedule(step, 1.0, 0.1, warmup, 110)
+    assert [lr(0), lr(9), lr(10)] == pytest.approx([0.1, 1.0, 1.0]) and lr(0, 0) == 1.0
+    assert lr(110) == lr(500) == pytest.approx(0.1)
+    rates = [lr(step) for step in range(10, 111)]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_the_lines_are_straight():
+    assert optim.linear(60, 1.0, 0.0, 10, 110) == pytest.approx(0.5)
+    lr = lambda step: optim.constant_linear(step, 1.0, 0.0, 0, 100)
+    assert lr(29) == lr(30) == 1.0 and lr(65) == pytest.approx(0.5) and lr(93) == pytest.approx(0.1)
+    assert [optim.muon_momentum(s, 10_000) for s in (0, 150, 300, 9_000)] == pytest.approx([0.85, 0.9, 0.95, 0.95])
+
+
+# ---- Muon ----------------------------------------------------------------------------------------------------------
+
+def modern() -> GPT:
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(**TINY, arch="modern"))
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.02 * torch.randn_like(p)
+    return model
+
+
+def some_gradients(model: GPT, step: int):
+    g = torch.Generator().manual_seed(step)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=g)
+
+
+def muon_steps(model: GPT, dtype: torch.dtype, steps: int = 3, healthy=lambda step: True) -> GPT:
+    optimizer = optim.build(preset("gpt2-modern"), model, dtype)
+    for step in range(steps):
+        some_gradients(model, step)
+        optim.set_rates(optimizer, 0.02, 300, 10_000)
+        optim.step_if(torch.tensor(healthy(step)), optimizer)
+    return model
+
+
+def torch_muon_steps(model: GPT, steps: int = 3) -> GPT:
+    """torch.optim.Muon, which multiplies in bfloat16, on each matrix by itself; q, k and v cut apart."""
+    parts = {name: [torch.nn.Parameter(c.clone()) for c in p.detach().chunk(3 if "c_attn" in name else 1)]
+             for name, p in model.h.named_parameters()}
+    optimizer = torch.optim.Muon([part for some in parts.values() for part in some], lr=0.02, weight_decay=0.05, momentum=0.95)
+    for step in range(steps):
+        some_gradients(model, step)
+        for name, p in model.h.named_parameters():
+            for part, grad in zip(parts[name], p.grad.chunk(len(parts[name]))):
+                part.grad = grad.clone()
+        optimizer.step()
+    with torch.no_grad():
+        for name, p in model.h.named_parameters():
+            p.copy_(torch.cat(parts[name]))
+    return model
+
+
+def test_muon_equals_torchs(monkeypatch):
+    """In bfloat16 to its rounding; in float32, with torch's multiplications in float32 as well, to float32's."""
+    for dtype, atol in ((torch.bfloat16, 3e-3), (torch.float32, 2e-6)):
+        if dtype == torch.float32:
+            monkeypatch.setattr(torch.Tensor, "bfloat16", lambda x: x.clone())
+        ours, theirs = muon_steps(modern(), dtype), torch_muon_steps(modern())
+        for (name, a), b, before in zip(ours.h.named_parameters(), theirs.h.parameters(), modern().h.parameters()):
+            torch.testing.assert_close(a, b, atol=atol, rtol=0, msg=lambda m: f"{name}: {m}")
+            assert (a - before).abs().max() > 3 * atol
+
+
+def test_an_unhealthy_step_changes_nothing():
+    """Not the weights, and not a later step by its momentum; bad numbers in the gradient included."""
+    model, before = modern(), modern()
+    optimizer = optim.build(preset("gpt2-modern"), model, torch.float32)
+    for step, healthy in enumerate((False, True)):
+        some_gradients(model, 0)
+        if not healthy:
+            next(model.h.parameters()).grad[0, 0] = math.nan
+        optim.set_rates(optimizer, 0.02, 300, 10_000)
+        optim.step_if(torch.tensor(healthy), optimizer)
+        if not healthy:
+            assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters()))
+    expected = muon_steps(modern(), torch.float32, steps=1)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters()))
+
+
+def test_muon_on_two_processes_is_muon_on_one(tmp_path):
+    """Each orthogonalises its share of the matrices, an odd number of them included; both end with the same weights."""
+    (tmp_path / "two.py").write_text(f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import torch, torch.distributed as dist, test_optim
+dist.init_process_group("gloo")
+torch.save(test_optim.muon_steps(test_optim.modern(), torch.float32).state_dict(), f"{tmp_path}/{{dist.get_rank()}}.pt")
+dist.barrier()
+dist.destroy_process_group()
+""")
+    done = run(tmp_path / "two.py", nproc=2)
+    assert done.returncode == 0, done.stderr
+    expected = muon_steps(modern(), torch.float32).state_dict()
+    zero, one = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    for name, w in expected.items():
+        assert torch.equal(zero[name], one[name])
+        torch.testing.assert_close(zero[name], w, atol=1e-6, rtol=0)

@@ -162,7 +162,7 @@ def test_fine_tuning_starts_from_the_given_weights(train, tmp_path):
 def test_published_settings():
     """Decisive numbers of the published experiments; a change here changes what the presets reproduce."""
     p = {name: preset(name) for name in PRESETS}
-    for name in list(PRESETS)[1:]:
+    for name in list(PRESETS)[1:7]:
         assert (p[name].total_batch, p[name].max_steps, p[name].T, p[name].vocab_size, p[name].betas) == (524288, 19073, 1024, 50304, (0.9, 0.95))
     lr = {n: (p[n].max_lr, p[n].warmup_steps) for n in p}
     assert lr["gpt2-baseline"] == lr["gpt2-periodicity-fix"] == (6e-4, 715)
