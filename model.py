@@ -297,7 +297,7 @@ class GPT(nn.Module):
     def cap(self, logits: torch.Tensor) -> torch.Tensor:
         """modern: 15 tanh(z / 15), float32 (the soft cap of Gemma 2, Riviere et al. 2024).
 
-        By way of the sigmoid: compiled for a CPU, head and loss take 11% less time than with tanh (bench.py's two cores).
+        By way of the sigmoid: compiled for a CPU, head and loss take 11% less time than with tanh (two AVX2 cores).
         """
         return 30 * torch.sigmoid(logits.float() * (2 / 15)) - 15 if self.config.modern else logits
 

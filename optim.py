@@ -27,7 +27,7 @@ def linear(step: int, max_lr: float, min_lr: float, warmup_steps: int, max_steps
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps
     done = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
-    return max_lr + done * (min_lr - max_lr)
+    return (1 - done) * max_lr + done * min_lr  # exact at both ends
 
 
 def constant_linear(step: int, max_lr: float, min_lr: float, warmup_steps: int, max_steps: int, decay: float = 0.7) -> float:

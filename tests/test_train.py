@@ -1,6 +1,7 @@
 """python -m pytest tests/test_train.py : the training script, run as a user runs it, at tiny size."""
 
 import json
+import shutil
 import sys
 import time
 
@@ -98,6 +99,47 @@ def test_compiled_equals_plain(train):
     assert losses(a) == pytest.approx(losses(b), abs=1e-5) and val_losses(a) == pytest.approx(val_losses(b), abs=1e-5)
 
 
+def test_modern_on_two_ranks_equals_one_process(data, tmp_path):
+    """Muon's work is shared, the checkpoint is written by one: losses to 1e-5, and one process goes on with what two began."""
+    found = {}
+    for nproc, name in ((0, "one"), (2, "two")):
+        done = run("train_gpt2.py", "gpt2-modern", *TINY, "--max_steps", "8", "--data_root", data, "--log_dir", tmp_path, "--run_name", name,
+                   "--save_interval", "4", nproc=nproc)
+        assert done.returncode == 0, done.stderr
+        found[name] = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+    assert losses(found["two"]) == pytest.approx(losses(found["one"]), abs=1e-5) and len(losses(found["two"])) == 8
+    (tmp_path / "two" / "finished.json").unlink()
+    shutil.rmtree(tmp_path / "two" / "ckpt" / "step_000008")
+    done = run("train_gpt2.py", "gpt2-modern", *TINY, "--max_steps", "8", "--data_root", data, "--log_dir", tmp_path, "--run_name", "two",
+               "--save_interval", "4")
+    again = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    assert "resume | step 4" in done.stdout and losses(again) == pytest.approx(losses(found["one"]), abs=1e-5)
+
+
+def test_modern_refuses_what_does_not_fit(train, tmp_path):
+    """Switches of the other architecture; a tied head under Muon; on resuming, whatever decides the result."""
+    for args, words in ((["gpt2-modern", "--use_rope", "True"], "use_rope is True"), (["gpt2-modern", "--use_swiglu", "True"], "use_swiglu True"),
+                        (["gpt2-rope", "--optimizer", "muon"], "arch is gpt2"), (["gpt2-modern", "--n_embd", "6"], "even width, n_embd / n_head is 3")):
+        with pytest.raises(UserError, match=words):
+            train(*args, "--max_steps", "2")
+    train("gpt2-rope", "--max_steps", "2", name="tied")
+    with pytest.raises(UserError, match="tied has arch gpt2; hint: "):
+        train("gpt2-modern", "--max_steps", "2", "--init_from", tmp_path / "tied")
+    train("gpt2-modern", "--max_steps", "2")
+    for name, value in (("optimizer", "adamw"), ("schedule", "linear"), ("embed_lr", "0.5"), ("head_lr", "0.01")):
+        with pytest.raises(UserError, match=f"other settings: {name} "):
+            train("gpt2-modern", "--max_steps", "2", f"--{name}", value)
+
+
+def test_epochs_of_a_preset_give_way_to_steps(train):
+    """gpt2-rope-t2048 and gpt2-modern-t2048 run over epochs: three of them here; --max_steps takes their place."""
+    for name in ("gpt2-rope-t2048", "gpt2-modern-t2048"):
+        assert preset(name).epochs == 4 and (preset(name).T, preset(name).B) == (2048, 32)
+        records, out = train(name, "--epochs", "3", name=name)
+        assert "3 epochs are 111 steps" in out and len(losses(records)) == 111
+        assert from_command_line([name, "--max_steps", "7"])[0].epochs is None
+
+
 def test_epochs_set_the_length(train):
     records, out = train("gpt2-global-datafix", "--epochs", "2")  # about 19,000 tokens of 512 a step, twice
     assert "2 epochs are 74 steps" in out and len(losses(records)) == 74
@@ -105,17 +147,18 @@ def test_epochs_set_the_length(train):
 
 # ---- resume --------------------------------------------------------------------------------------------------------
 
-def test_a_resumed_run_equals_an_uninterrupted_one(train, monkeypatch, tmp_path):
+@pytest.mark.parametrize("name, schedule", [("gpt2-global-datafix", "cosine"), ("gpt2-modern", "constant_linear")])
+def test_a_resumed_run_equals_an_uninterrupted_one(train, monkeypatch, tmp_path, name, schedule):
     """Stopped after step 12 of 20 by an error in the loop; the same command goes on from step 10, to the same losses and weights."""
-    args = ["gpt2-global-datafix", "--max_steps", "20", "--save_interval", "5", "--eval_interval", "4"]
+    args = [name, "--max_steps", "20", "--save_interval", "5", "--eval_interval", "4"]
     whole, _ = train(*args, name="whole")
-    plain = train_gpt2.optim.cosine
+    plain = getattr(train_gpt2.optim, schedule)
     with monkeypatch.context() as m:
         def stop(step, *rest):
             if step == 12:
                 raise KeyboardInterrupt
             return plain(step, *rest)
-        m.setattr(train_gpt2.optim, "cosine", stop)
+        m.setattr(train_gpt2.optim, schedule, stop)
         with pytest.raises(KeyboardInterrupt):
             train(*args, name="parts")
     parts, out = train(*args, name="parts")
