@@ -3,10 +3,12 @@
     python bench.py step                                one training step, GPT-2 (124M), B = 4, T = 1024
     python bench.py step --size tiny --steps 20         in seconds
     python bench.py step --B 64 --compiled_baseline True
+    python bench.py step --preset gpt2-modern --against gpt2-baseline
     python bench.py sweep                               tokens a second by B and T
     python bench.py profile                             where a step's time goes, against a floor
     python bench.py startup                             from the command to the first step
     python bench.py ddp                                 two processes under DDP, or left alone
+    python bench.py muon                                the hidden matrices' update against torch.optim.Muon
     python bench.py loader                              random windows out of 10B tokens, and their index
     python bench.py save                                a checkpoint of GPT-2 (124M): training held, or waiting for the disk
     python bench.py hellaswag                           packed rows against one item at a time
@@ -41,6 +43,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Callable, Literal
+from unittest import mock
 
 import numpy as np
 import torch
@@ -77,10 +80,11 @@ SIZES = {  # n_layer, n_head, n_embd
 
 @dataclass(frozen=True)
 class Step:
-    """One training step against transformers.GPT2LMHeadModel: forward, backward, clip, fused AdamW, zero_grad."""
+    """One training step against transformers.GPT2LMHeadModel: forward, backward, clip, optimiser (fused AdamW), zero_grad."""
 
     size: Literal["tiny", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"  # of both models
-    preset: str = "gpt2-baseline"  # whose switches this project's model has; the baseline keeps its table and GELU
+    preset: str = "gpt2-baseline"  # whose switches and optimiser this project's model has; the baseline keeps its table and GELU
+    against: str = ""  # another preset of this project, as a further side
     B: int = 4  # sequences in the batch
     T: int = 1024  # tokens in a sequence
     vocab_size: int = 50304  # embedding rows of both models
@@ -99,7 +103,7 @@ class Step:
 def step(args: Step) -> dict:
     """Both models on one random batch, with the same autocast, clipping and optimiser, and without dropout."""
     check(args)
-    sides = ["ours", "transformers", *["transformers compiled"] * args.compiled_baseline]
+    sides = ["ours", "transformers", *["transformers compiled"] * args.compiled_baseline, *[args.against] * bool(args.against)]
     peak = {side: peak_memory(args, side) for side in sides} if args.memory else {}
     # transformers shifts the labels itself, which leaves it one target less in each sequence
     ms, losses = take_turns({side: training_step(args, side)[0] for side in sides}, args.warmup, args.steps)
@@ -114,6 +118,9 @@ def step(args: Step) -> dict:
         result |= dict(memory_ratio=peak["ours"] / peak["transformers"], peak=peak["ours"], baseline_peak=peak["transformers"])
     if args.compiled_baseline:
         result |= dict(compiled_ratio=tok_s["ours"] / tok_s["transformers compiled"], compiled_ms=ms["transformers compiled"])
+    if args.against:
+        result |= dict(against_ratio=tok_s["ours"] / tok_s[args.against], against_tok_s=tok_s[args.against], against_ms=ms[args.against])
+        print(f"{args.preset} / {args.against}: {result['against_ratio']:.2f} of the tokens a second")
     return result | used(args)
 
 
@@ -121,7 +128,8 @@ def check(args):
     if wrong := [k for k in ("B", "T", "vocab_size", "steps", "warmup") if getattr(args, k, 1) < 1]:
         raise UserError("; ".join(f"{k} is {getattr(args, k)}, must be at least 1" for k in wrong)
                         + f"; hint: --{wrong[0]} 1")
-    preset(args.preset)
+    for name in filter(None, (args.preset, getattr(args, "against", ""))):
+        preset(name)
     if args.use_compile and (why := compile_error(pick_device(args.device))):
         raise UserError(f"torch.compile does not work here ({why}); hint: install g++, or --use_compile False")
 
@@ -134,7 +142,10 @@ def used(args) -> dict:
 
 
 def training_step(args: Step, side: str, wrap: Callable = lambda model: model) -> tuple[Callable[[], float], GPT]:
-    """A function that takes one step and returns its loss, and the model. Each side sees the same tokens."""
+    """A function that takes one step and returns its loss, and the model. Each side sees the same tokens.
+
+    side: ours (args.preset), transformers, transformers compiled, or another preset's name.
+    """
     device = pick_device(args.device)
     dtype = autocast_dtype(device, args.dtype)
     if device.type == "cpu":
@@ -143,9 +154,13 @@ def training_step(args: Step, side: str, wrap: Callable = lambda model: model) -
     ids = torch.randint(args.vocab_size, (args.B, args.T + 1), device=device)
     x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()  # (B, T) each
     shape = dict(zip(("n_layer", "n_head", "n_embd"), SIZES[args.size]), vocab_size=args.vocab_size)
-    if side == "ours":
-        switches = {name: getattr(preset(args.preset), name) for name in ("use_rope", "use_swiglu")}
+    if not side.startswith("transformers"):
+        cfg = preset(args.preset if side == "ours" else side)
+        if cfg.arch == "modern" and shape["n_embd"] % 128 == 0:
+            shape["n_head"] = shape["n_embd"] // 128  # as in gpt2-modern
+        switches = {name: getattr(cfg, name) for name in ("use_rope", "use_swiglu", "arch")}
         model = GPT(GPTConfig(args.T, **shape, **switches)).to(device)
+        optimizer = optim.build(dataclasses.replace(cfg, max_lr=6e-4 if cfg.optimizer == "adamw" else cfg.max_lr), model, dtype)
         model.recompute = args.recompute
         compiled = torch.compile(model, fullgraph=True, dynamic=False, mode=args.compile_mode) if args.use_compile else model
         wrapped = wrap(compiled)
@@ -154,7 +169,7 @@ def training_step(args: Step, side: str, wrap: Callable = lambda model: model) -
         model = transformers_gpt2(args.T, shape).to(device)
         compiled = torch.compile(model) if side == "transformers compiled" else model
         forward = lambda: compiled(input_ids=x, labels=x).loss
-    optimizer = optim.adamw(model, lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
+        optimizer = optim.adamw(model, lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
     backend = {"flash": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "math": "MATH"}
 
     def run() -> float:
@@ -369,6 +384,63 @@ def one_of_two(rank: int, args: Parallel, meet: str) -> dict[str, list[float]]:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# muon: the update of the hidden matrices
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """Muon's update of a modern model's hidden matrices against torch.optim.Muon, which takes one matrix at a time."""
+
+    size: Literal["tiny", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"
+    layers: int = 0  # blocks whose matrices are updated; 0 = all of that size
+    rounds: int = 3  # updates of each side
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of our multiplications; auto = bfloat16 where the device has it
+    device: str = "auto"  # cuda, mps or cpu; auto takes the first of these that is there
+
+
+def muon(args: Matrices) -> dict:
+    """The same weights, gradients and type on both sides, q, k and v apart.
+
+    torch.optim.Muon multiplies in bfloat16 always, 75 times as slow as float32 on a CPU that only emulates it. Where ours is
+    in float32, so is theirs here: the types are not to decide.
+    """
+    if wrong := [k for k in ("layers", "rounds") if getattr(args, k) < (k == "rounds")]:
+        raise UserError(f"{wrong[0]} is {getattr(args, wrong[0])}, too few; hint: --{wrong[0]} 1")
+    device, (n_layer, n_head, n_embd) = pick_device(args.device), SIZES[args.size]
+    dtype, wait = autocast_dtype(device, args.dtype), torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    if device.type == "cpu":
+        keep_freed_memory()  # as in training, and to the good of both sides
+    torch.manual_seed(42)
+    model = GPT(GPTConfig(16, 128, args.layers or n_layer, n_head, n_embd, arch="modern")).to(device)  # next to no vocabulary
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    split = lambda t, name: t.detach().clone().chunk(3 if "c_attn" in name else 1)
+    parts = {name: [torch.nn.Parameter(w.clone()) for w in split(p, name)] for name, p in model.h.named_parameters()}
+    for name, p in model.h.named_parameters():
+        for part, grad in zip(parts[name], split(p.grad, name)):
+            part.grad = grad.clone()
+    cfg = preset("gpt2-modern")
+    theirs = torch.optim.Muon([part for some in parts.values() for part in some], lr=cfg.max_lr, weight_decay=cfg.weight_decay)
+    ours = optim.build(cfg, model, dtype)
+
+    def torchs():
+        in_type = contextlib.nullcontext() if dtype == torch.bfloat16 else mock.patch.object(torch.Tensor, "bfloat16", lambda x: x.clone())
+        with in_type:
+            theirs.step()
+        wait()
+
+    ms, _ = take_turns({"ours": lambda: (ours.step(), wait()) and None, "torch.optim.Muon": torchs}, 1, args.rounds)
+    print(f"\n{f'update of {len(parts) * 3 // 2:,} matrices':30}{'median ms':>12}{'min':>10}{'max':>10}")
+    for side, values in ms.items():
+        print(f"{side:30}{statistics.median(values):12,.1f}{min(values):10,.1f}{max(values):10,.1f}")
+    apart = max(((torch.cat([w.detach() for w in parts[name]]) - p).norm() / p.norm()).item() for name, p in model.h.named_parameters())
+    print(f"largest relative difference of a matrix after all updates: {apart:.1e}")
+    return dict(ratio=statistics.median(ms["torch.optim.Muon"]) / statistics.median(ms["ours"]), ours_ms=ms["ours"],
+                baseline_ms=ms["torch.optim.Muon"], difference=apart, **dataclasses.asdict(args)
+                | dict(device=environment(device, 1)["device"], dtype=str(dtype).removeprefix("torch.")))
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # suite: all that a GPU is asked, in one call
 
 
@@ -392,6 +464,7 @@ def suite(args: Suite) -> dict:
                 *([*big, "--B", "64", "--attention", kind] for kind in ("flash", "cudnn", "efficient")),
                 [*big, "--B", "64", "--compile_mode", "max-autotune-no-cudagraphs"], [*step, "--B", "64", "--recompute", "True"],
                 *([*big, "--B", "64", "--preset", name] for name in ("gpt2-rope", "gpt2-swiglu")),
+                [*big, "--B", "64", "--preset", "gpt2-modern", "--against", "gpt2-baseline"], ["muon", *common],
                 ["profile", *common, "--B", "64"], ["sweep", *common, "--steps", str(args.steps), "--Bs", "8", "16", "32", "64"],
                 ["hellaswag", *common, "--items", "1000"]]
     name = re.sub(r"\W+", "_", environment(device, 1)["device"]).strip("_")
@@ -914,7 +987,7 @@ def take_turns(sides: dict[str, Callable], warmup: int, rounds: int) -> tuple[di
 
 
 PARTS = {"step": (Step, step), "sweep": (Sweep, sweep), "profile": (Profile, profile), "startup": (Startup, startup),
-         "ddp": (Parallel, parallel), "loader": (Loader, loader), "save": (Save, save),
+         "ddp": (Parallel, parallel), "muon": (Matrices, muon), "loader": (Loader, loader), "save": (Save, save),
          "hellaswag": (Evaluation, evaluation), "generate": (Generation, generation),
          "prepare": (Preparation, preparation), "suite": (Suite, suite)}
 

@@ -162,6 +162,31 @@ def test_startup_is_faster_once_compiled():
     assert result["first_s"][0] > result["cached_s"][0] > 0
 
 
+def test_muon_prints_a_table_and_one_line_of_json():
+    """Both sides update the same matrices: after four updates they differ by rounding, in either type."""
+    for dtype, most in (("float32", 1e-5), ("bfloat16", 0.03)):
+        done = run("bench.py", "muon", "--size", "tiny", "--device", "cpu", "--dtype", dtype)
+        assert done.returncode == 0, done.stderr
+        *table, last = done.stdout.strip().splitlines()
+        result = json.loads(last)
+        assert result["part"] == "muon" and any("update of 12 matrices" in line for line in table)
+        assert result["ratio"] == pytest.approx(statistics.median(result["baseline_ms"]) / statistics.median(result["ours_ms"]))
+        assert 0 <= result["difference"] < most
+    done = run("bench.py", "muon", "--size", "tiny", "--rounds", "0")
+    assert done.returncode == 2 and "rounds is 0" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_step_of_modern_against_another_preset():
+    done = run(*TINY, "--preset", "gpt2-modern", "--against", "gpt2-baseline")
+    assert done.returncode == 0, done.stderr
+    *table, last = done.stdout.strip().splitlines()
+    result = json.loads(last)
+    assert result["against_ratio"] == pytest.approx(result["tok_s"] / result["against_tok_s"])
+    assert any(line.startswith("gpt2-baseline ") for line in table) and "gpt2-modern / gpt2-baseline" in table[-1]
+    done = run(*TINY, "--against", "gpt2-modrn")
+    assert done.returncode == 2 and "did you mean gpt2-modern" in done.stderr
+
+
 def test_suite_runs_each_variant_and_tells_of_failures(tmp_path, monkeypatch, capsys):
     """Every command line of it is one that bench.py takes; a line for each result; a failure does not end it."""
     settings, asked = {name: kind for name, (kind, _) in bench.PARTS.items()}, []
