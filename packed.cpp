@@ -1,5 +1,5 @@
 // y = x W^T + b for a few rows x: float32 throughout, but W read from memory as bfloat16 or int8. Compiled by packed.py for the
-// processor it runs on, from the compiler's own vectors: AVX2, AVX-512 and NEON alike.
+// processor it runs on, from the compiler's own vectors: written for AVX2, AVX-512 and NEON, run so far on AVX2.
 #include <cstdint>
 #include <cstring>
 
@@ -41,7 +41,7 @@ static void block(const float* x, long ld, const T* w, const float* scale, const
     for (long k = 0; k < K; k += S)
         for (int s = 0; s < S; s++) {
             const T* q = w + 16 * (k + s);
-            __builtin_prefetch(q + 2048 / sizeof(T));  // the hardware's own is not enough: 13 ms become 11 (AVX-512)
+            __builtin_prefetch(q + 2048 / sizeof(T));  // the hardware's own was not enough (on AVX-512, an earlier version)
             Floats v[V];
             widen(q, v);
             for (int m = 0; m < M; m++) {
