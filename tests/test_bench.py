@@ -203,6 +203,7 @@ def test_suite_runs_each_variant_and_tells_of_failures(tmp_path, monkeypatch, ca
     assert result["ratio"] == 1 and len(result["failed"]) == 1 and "cudnn" in capsys.readouterr().out.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_prepare_prints_a_table_and_one_line_of_json(tmp_path):
     rows = [{"text": f"Document {i}, with <|endoftext|>.  Two blanks\n\nand naïve words." * (i % 7 + 1)} for i in range(200)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -217,6 +218,7 @@ def test_prepare_prints_a_table_and_one_line_of_json(tmp_path):
     assert done.returncode == 2 and "none" in done.stderr and "hint:" in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_generate_prints_a_table_and_one_line_of_json():
     """Both sides continue alike in float32; ratios are of each side's best; the floor is told; mistakes are one line."""
     tiny = ("bench.py", "generate", "--size", "tiny", "--batches", "1", "3", "--new_tokens", "6", "--rounds", "1", "--device", "cpu",

@@ -94,6 +94,7 @@ def begun(whole: Path, run_dir: Path, step: int) -> Path:
 
 # ---- resume --------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_resume_at_every_step(whole, train, tmp_path, monkeypatch):
     """60 of 60: every loss, rate, norm and batch, and the hash over weights and optimiser, equal the uninterrupted run's."""
     monkeypatch.setattr(runlog, "curves", lambda run_dir: None)
@@ -150,6 +151,7 @@ def test_interrupted_by_each_signal_several_times(whole, train, tmp_path, monkey
     assert json.loads((tmp_path / "r" / "finished.json").read_text())["step"] == 60
 
 
+@pytest.mark.slow
 def test_interrupted_in_evaluation_and_sampling(whole, train, tmp_path, monkeypatch):
     """The evaluation at step 20 and the samples at 30 are cut short, and done when the run goes on; no sample stands twice."""
     more = ["--vocab_size", "50304", "--n_samples", "2", "--sample_tokens", "12", "--sample_interval", "10", "--max_steps", "40"]
@@ -634,6 +636,7 @@ def test_many_in_a_row_stop_the_run(train, tmp_path, monkeypatch):
     assert torch.isfinite(state).all() and checkpoint.steps(tmp_path / "r" / "ckpt")[-1].name == "step_000008"
 
 
+@pytest.mark.slow
 def test_one_rank_of_two_with_a_bad_number(flags, tmp_path):
     """Both skip the step, and stay alike: the losses after it are those of one process that had it, too."""
     code = ("import sys, os; sys.path[:0] = ['tests', '.']; import pytest, test_faults, train_gpt2, config\n"

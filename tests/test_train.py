@@ -99,6 +99,7 @@ def test_compiled_equals_plain(train):
     assert losses(a) == pytest.approx(losses(b), abs=1e-5) and val_losses(a) == pytest.approx(val_losses(b), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_modern_on_two_ranks_equals_one_process(data, tmp_path):
     """Muon's work is shared, the checkpoint is written by one: losses to 1e-5, and one process goes on with what two began."""
     found = {}
