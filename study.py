@@ -27,9 +27,9 @@ import tyro
 
 from config import UserError, command_line
 
-SHAPE = dict(n_layer=13, n_embd=256, n_head=4, T=256, B=2, total_batch=8192, data_order="global", val_tokens=131072,
-             eval_interval=32, save_interval=16, keep_last=1, hellaswag_limit=300, n_samples=0, wandb="off")
-SWEEPS = {"gpt2-baseline": (1e-3, 2e-3, 4e-3), "gpt2-modern": (0.0125, 0.025, 0.05), "gpt2-rope": (1e-3, 2e-3, 4e-3)}
+SHAPE = dict(n_layer=13, n_embd=256, n_head=4, T=256, B=8, total_batch=8192, data_order="global", val_tokens=65536,
+             eval_interval=64, save_interval=16, keep_last=1, hellaswag_limit=200, n_samples=0, wandb="off")
+SWEEPS = {"gpt2-modern": (0.0125, 0.025, 0.05), "gpt2-baseline": (1e-3, 2e-3, 4e-3), "gpt2-rope": (1e-3, 2e-3, 4e-3)}
 SEEDS = (1, 2, 3)
 
 
@@ -99,15 +99,21 @@ def ladder(baseline: float, rope: float) -> list[Run]:
 def main(args: Study):
     if args.steps < 2:
         raise UserError(f"steps is {args.steps}, must be at least 2: modern takes half of them; hint: --steps 128")
-    losses = {preset: sweep(preset, args) for preset in SWEEPS}
-    best = {preset: next(iter(found)) for preset, found in losses.items()}
-    runs = [Run(preset, lr) for preset in SWEEPS for lr in losses[preset]]
+    best, runs = {}, []
+    for preset in SWEEPS:  # all tuned runs of a preset before the next preset: a stopped study has whole rows
+        losses = sweep(preset, args)
+        best[preset] = next(iter(losses))
+        runs += [Run(preset, lr) for lr in losses]
+        if args.stage == "all":
+            runs += [Run(preset, best[preset], seed) for seed in SEEDS[1:]]
+            for run in runs[-len(SEEDS[1:]):]:
+                train(run, args)
     if args.stage == "all":
-        more = [Run(preset, best[preset], seed) for preset in ("gpt2-modern", "gpt2-baseline", "gpt2-rope") for seed in SEEDS[1:]]
-        more += ladder(best["gpt2-baseline"], best["gpt2-rope"])
-        for run in more:
+        steps = ladder(best["gpt2-baseline"], best["gpt2-rope"])
+        runs += steps
+        for run in steps:
             train(run, args)
-        runs = [*runs[:1], *more, *runs[1:]]  # the first group, what the others are compared with: the tuned baseline
+    runs.sort(key=lambda run: run[:2] != ("gpt2-baseline", best["gpt2-baseline"]))  # the others are compared with the first
     import compare
     compare.main(tuple(str(Path(args.log_dir, run.name)) for run in runs), x="tokens", out=str(Path(args.log_dir, "compare.png")))
 

@@ -69,7 +69,7 @@ def test_the_runs_are_those_that_the_docstring_tells(monkeypatch, tmp_path, comp
 def test_what_is_done_is_skipped_and_what_stopped_goes_on(monkeypatch, tmp_path, compared):
     """The fifth run is interrupted: the study ends, and the same command begins with that one."""
     trainer = Trainer(monkeypatch, fails=[5])
-    with pytest.raises(UserError, match="gpt2-modern-0.025-seed1 ended with status 75; hint: "):
+    with pytest.raises(UserError, match="gpt2-baseline-0.001-seed1 ended with status 75; hint: "):
         study.main(Study("data", str(tmp_path), "sweep"))
     assert len(trainer.runs) == 5 and not compared
     study.main(Study("data", str(tmp_path), "sweep"))
