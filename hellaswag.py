@@ -271,11 +271,12 @@ class HellaSwag:
 
 
 def for_training(limit: int, model, world: World, autocast, compiled: bool, say) -> HellaSwag | None:
-    """The set for evaluations beside training; None when limit is 0 or there is no data. The first process fetches it."""
-    if not limit or (path := from_first(lambda: fetch(say))) is None:
-        return None
-    from_first(lambda: load(path) and None)
-    return HellaSwag(load(path, "gpt2", limit), model, world, autocast, compiled)
+    """The set for evaluations beside training; None when limit is 0 or there is no data.
+
+    The first process alone fetches and reads it, for the others may be on machines without it.
+    """
+    items = from_first(lambda: (path := fetch(say)) and load(path, "gpt2", limit)) if limit else None
+    return HellaSwag(items, model, world, autocast, compiled) if items else None
 
 
 def main(model: str = "", protocol: Literal["gpt2", "harness"] = "gpt2", limit: int = 0, data: str = "", out: str = "",

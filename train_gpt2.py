@@ -9,7 +9,7 @@ on the four H100 of the published runs, and the same without peer-to-peer copies
     NCCL_P2P_DISABLE=1 torchrun --standalone --nproc_per_node=4 train_gpt2.py gpt2-rope
 on two machines of eight (run on both, node_rank 0 and 1):
     torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=29500 \\
-        train_gpt2.py gpt2-rope
+        train_gpt2.py gpt2-rope --B 32
 on CPUs, two processes, a few steps:
     torchrun --standalone --nproc_per_node=2 train_gpt2.py gpt2-rope --device cpu --B 2 --T 512 --total_batch 2048 \\
         --max_steps 5

@@ -7,6 +7,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ import train_gpt2
 from config import UserError
 from conftest import ROOT, TINY, run, write_shards
 from model import GPT
+from test_readme import clone  # noqa: F401, a fixture: the tracked files alone
 
 
 @pytest.fixture(scope="module")
@@ -325,6 +327,38 @@ def test_torchrun_stopped_killed_and_hung(flags, tmp_path):
     assert second.wait() == 0 and "no progress for 10 s" in out.read_text()
     assert "torchrun | a restart may fail" not in out.read_text()
     assert records(tmp_path / "r") == records(tmp_path / "whole") and weights(tmp_path / "r", 400) == weights(tmp_path / "whole", 400)
+
+
+@pytest.mark.slow
+def test_two_machines_that_share_no_disk(clone, flags, tmp_path):  # noqa: F811
+    """README, "More GPUs, more machines": records and checkpoints are on the first alone, from which both go on; the end is that
+    of two processes on one machine."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    shutil.copytree(clone, tmp_path / "second")
+    shutil.copy(ROOT / "tests" / "hellaswag_items.jsonl", clone / "data" / "hellaswag_val.jsonl")
+    own = [*flags, "--B", "3", "--vocab_size", "50304", "--hellaswag_limit", "20", "--run_name", "r",
+           "--log_dir", "log/here", "--save_interval", "20", "--keep_last", "3"]
+
+    def both(*more):
+        nodes = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", "--nnodes=2", f"--node_rank={rank}",
+                                   "--master_addr=127.0.0.1", f"--master_port={port}", "train_gpt2.py", *own, *more], cwd=folder, text=True,
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                 for rank, folder in enumerate((clone, tmp_path / "second"))]
+        said = [node.communicate(timeout=180)[0] for node in nodes]
+        assert [node.returncode for node in nodes] == [0, 0], said
+        return said[0]
+
+    whole = run("train_gpt2.py", *own, nproc=2, cwd=clone)
+    assert whole.returncode == 0 and "(20 items, gpt2 protocol)" in whole.stdout, whole.stderr
+    (clone / "log" / "here" / "r").rename(clone / "log" / "here" / "whole")
+    assert "(20 items, gpt2 protocol)" in both()
+    assert not (tmp_path / "second" / "log" / "here").exists()
+    shutil.rmtree(clone / "log" / "here" / "r" / "ckpt" / "step_000060")
+    (clone / "log" / "here" / "r" / "finished.json").unlink()
+    assert "resume | step 40" in both()
+    assert weights(clone / "log" / "here" / "r", 60) == weights(clone / "log" / "here" / "whole", 60)
+    assert records(clone / "log" / "here" / "r") == records(clone / "log" / "here" / "whole")
 
 
 # ---- checkpoints that are no good ----------------------------------------------------------------------------------

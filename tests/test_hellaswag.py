@@ -269,6 +269,15 @@ def test_training_and_the_command_line(tmp_path):
     assert done.returncode == 2 and "no such file: nowhere.jsonl" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_the_first_process_alone_reads_the_set(model, monkeypatch):
+    """The others get it from there: they may be on machines without the file."""
+    items = hellaswag.load(OWN, "gpt2", 10)
+    monkeypatch.setattr(hellaswag, "from_first", lambda make: items)  # as in any but the first: make() is not called
+    monkeypatch.setattr(hellaswag, "load", None)
+    monkeypatch.setattr(hellaswag, "fetch", None)
+    assert hellaswag.for_training(10, model, ONE, PLAIN, False, print)()["items"] == 10
+
+
 @pytest.mark.slow
 def test_the_shared_set(shared, model):
     """500 items of the real validation set: the choices of the naive loop, margins below 1e-5 aside, and near chance."""
