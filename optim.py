@@ -148,9 +148,20 @@ def newton_schulz(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    # Each round multiplies x from the left by a polynomial of its Gram matrix, so for a long x the rounds can go by Gram matrices
+    # alone: 25 n^3 multiplications for n x 4n instead of 45. Their rounding grows by a^2 a round, which float32 has room for
+    on_gram = x.dtype == torch.float32 and x.shape[2] >= 2 * x.shape[1]
+    gram, product = x @ x.mT, None
+    for left in reversed(range(steps)):
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        if not on_gram:
+            x = torch.baddbmm(x, factor, x, beta=a)
+            gram = x @ x.mT if left else gram
+            continue
+        factor.diagonal(dim1=1, dim2=2).add_(a)
+        product = factor if product is None else factor @ product
+        gram = factor @ gram @ factor if left else gram
+    x = product @ x if on_gram else x
     return x.mT if tall else x
 
 
