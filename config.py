@@ -90,7 +90,7 @@ class TrainConfig:
     device: str = "auto"  # cuda, mps or cpu; auto takes the first of these that is there
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matmuls; auto = bfloat16 where the device has it
     use_compile: bool = True  # torch.compile (needs a C++ compiler on the CPU)
-    recompute: bool = False  # keep only the input of each block and compute the rest twice: less memory, a quarter slower
+    recompute: bool = False  # keep only the input of each block and compute the rest twice: less memory, 10% slower (CPU)
     deterministic: bool = False  # the same bits each time, on any number of processes with the same B; slower
     group_timeout: float = 600  # seconds without progress after which a process ends itself and its peers
     eval_only: bool = False  # evaluate the newest checkpoint (or init_from) once, and stop

@@ -3,7 +3,7 @@
     python generate.py                                             the newest run in log/, prompts typed at the terminal
     python generate.py --model log/shakespeare --prompt "ROMEO:" --n 2 --max_new_tokens 300
     python generate.py --model gpt2 --prompt "Hello, I'm a language model," "Once upon a time" --temperature 0.8
-    python generate.py --file prompts.txt --stop "\\n\\n" --json True > out.jsonl        one prompt a line; - = stdin
+    python generate.py --file prompts.txt --stop $'\\n\\n' --json True > out.jsonl       one prompt a line; - = stdin
 
 Sample i of a prompt is a function of (model, prompt, seed, i) and of how it is drawn: it depends neither on the other
 prompts nor on how many samples there are.

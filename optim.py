@@ -140,7 +140,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def newton_schulz(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """About U V^T for each matrix U S V^T of x (n, rows, columns): all singular values to between 0.7 and 1.2.
+    """About U V^T for each matrix U S V^T of x (n, rows, columns): singular values above 0.005 of its length to between 0.7 and 1.2.
 
     The polynomial of Jordan et al. 2024: its slope at 0 counts for more than the value that it settles at.
     """

@@ -12,7 +12,7 @@ on two machines of eight (run on both, node_rank 0 and 1):
         train_gpt2.py gpt2-rope --B 32
 on CPUs, two processes, a few steps:
     torchrun --standalone --nproc_per_node=2 train_gpt2.py gpt2-rope --device cpu --B 2 --T 512 --total_batch 2048 \\
-        --max_steps 5
+        --max_steps 5 --val_tokens 8192 --hellaswag_limit 0
 with restarts after a crash (the variable makes them reliable; torchrun itself reads it):
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone --nproc_per_node=4 --max-restarts=100 \\
         train_gpt2.py gpt2-rope
