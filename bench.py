@@ -466,7 +466,7 @@ def suite(args: Suite) -> dict:
                 *([*big, "--B", "64", "--preset", name] for name in ("gpt2-rope", "gpt2-swiglu")),
                 [*big, "--B", "64", "--preset", "gpt2-modern", "--against", "gpt2-baseline"], ["muon", *common],
                 ["profile", *common, "--B", "64"], ["sweep", *common, "--steps", str(args.steps), "--Bs", "8", "16", "32", "64"],
-                ["hellaswag", *common, "--items", "1000"]]
+                ["hellaswag", *common, "--items", "1000"], ["generate", *common, "--use_compile", "True"]]
     name = re.sub(r"\W+", "_", environment(device, 1)["device"]).strip("_")
     Path(args.out).mkdir(parents=True, exist_ok=True)
     ratios, failed = [], ["pytest"] * bool(tests.returncode)

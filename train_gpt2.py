@@ -126,7 +126,9 @@ def fit_batch(cfg, model: GPT, train_model, world: World, autocast, held: int, s
     on_gpu = world.device.type == "cuda"
     most = min(sequences, max(1, (131072 if on_gpu else 8192) // cfg.T))  # tokens beyond which speed gains nothing
     # bytes of a token in bf16: 34 C a layer (Korthikanti et al. 2022, without T x T attention), logits and gradients 8 V
-    token = (34 * c.n_layer * c.n_embd + 8 * c.vocab_size) * (1 if autocast_dtype(world.device, cfg.dtype) == torch.bfloat16 else 2)
+    # or, where they are recomputed, 2 C a layer and one layer's 34 C
+    layers = 2 * c.n_layer + 34 if cfg.recompute else 34 * c.n_layer
+    token = (layers * c.n_embd + 8 * c.vocab_size) * (1 if autocast_dtype(world.device, cfg.dtype) == torch.bfloat16 else 2)
     # a GPU that is asked for too much says so; on a CPU the kernel kills, and a heap that keeps what is freed grows: by
     # 0.85 GB in three steps that have 0.41 GB in use at a time
     room = (1.5 if on_gpu else 0.4) * free - held
