@@ -5,7 +5,8 @@
     python study.py --data_root data/edu --stage sweep                                learning rates alone
 
 Each run is train_gpt2.py in a process of its own, in LOG_DIR/NAME: a finished one is skipped, an interrupted one goes on. So
-the study can be stopped by Ctrl-C or SIGTERM at any time, and goes on by the same command. On a GPU when there is one.
+the study can be stopped by Ctrl-C or SIGTERM at any time, and goes on by the same command; also from the runs on record, after
+`cp -r log/reference/study log/study`. On a GPU when there is one.
 
 13 layers, 256 wide: 10.2M parameters beside the embedding. 128 steps of 8,192 tokens, 1.05M tokens a run; modern gets half
 the steps, under a schedule of its own. Learning rates: three values each, and further ones while the best is at an edge.
