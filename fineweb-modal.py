@@ -15,6 +15,7 @@ import modal
 import prepare
 
 DATA = "/data"  # where the volume is mounted
+CODE = "/root"  # where Modal puts local modules, in each container
 NEEDED = ("torch", "numpy", "tiktoken", "tqdm", "tyro", "safetensors", "datasets")  # by prepare.py and what it imports
 MODULES = ("checkpoint", "config", "distributed", "model", "prepare", "shards", "tokenizer")
 ROOT = Path(__file__).parent
@@ -28,9 +29,9 @@ def pins() -> list[str]:
 
 app = modal.App("fineweb-edu")
 volume = modal.Volume.from_name("fineweb-edu", create_if_missing=True)
-# modules and the merge table side by side in /root, as in the repository: tokenizer.py looks for data/ beside itself
+# the merge table beside the modules, as in the repository: tokenizer.py looks for data/ beside itself
 image = (modal.Image.debian_slim(python_version="3.12").pip_install(*pins())
-         .add_local_file(ROOT / "data" / "vocab.bpe", "/root/data/vocab.bpe").add_local_python_source(*MODULES))
+         .add_local_file(ROOT / "data" / "vocab.bpe", f"{CODE}/data/vocab.bpe").add_local_python_source(*MODULES))
 retries = modal.Retries(max_retries=8, initial_delay=10.0, backoff_coefficient=2.0, max_delay=60.0)
 
 

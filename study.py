@@ -101,19 +101,20 @@ def main(args: Study):
     if args.steps < 2:
         raise UserError(f"steps is {args.steps}, must be at least 2: modern takes half of them; hint: --steps 128")
     best, runs = {}, []
+
+    def add(more: list[Run]):
+        for run in more:
+            train(run, args)
+        runs.extend(more)
+
     for preset in SWEEPS:  # all tuned runs of a preset before the next preset: a stopped study has whole rows
         losses = sweep(preset, args)
         best[preset] = next(iter(losses))
         runs += [Run(preset, lr) for lr in losses]
         if args.stage == "all":
-            runs += [Run(preset, best[preset], seed) for seed in SEEDS[1:]]
-            for run in runs[-len(SEEDS[1:]):]:
-                train(run, args)
+            add([Run(preset, best[preset], seed) for seed in SEEDS[1:]])
     if args.stage == "all":
-        steps = ladder(best["gpt2-baseline"], best["gpt2-rope"])
-        runs += steps
-        for run in steps:
-            train(run, args)
+        add(ladder(best["gpt2-baseline"], best["gpt2-rope"]))
     runs.sort(key=lambda run: run[:2] != ("gpt2-baseline", best["gpt2-baseline"]))  # the others are compared with the first
     import compare
     compare.main(tuple(str(Path(args.log_dir, run.name)) for run in runs), x="tokens", out=str(Path(args.log_dir, "compare.png")))

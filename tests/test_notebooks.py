@@ -63,7 +63,7 @@ def test_a_notebook_holds_one_clean_run(name):
         assert not any(output.output_type == "error" or output.get("name") == "stderr" for output in cell.outputs), cell.source
         if "exact" in cell.metadata.get("tags", ()):
             assert printed(cell), cell.source
-        # a path: a slash at the beginning of a word, with a second one (" / n" divides, "/tmp/x" does not)
+        # a path: a slash at the beginning of a word, with a second one (" / n" divides, "/a/b" does not)
         assert not re.search(r"(?<![\w.)}\]/>:~])/\w[\w.-]*/\w", cell.source + "\n" + printed(cell)), cell.source
     assert not re.search(r"/(home|tmp|root|Users|work)/", str(notebook)), name
 
