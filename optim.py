@@ -140,28 +140,29 @@ class Muon(torch.optim.Optimizer):
 
 
 def newton_schulz(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """About U V^T for each matrix U S V^T of x (n, rows, columns): singular values above 0.005 of its length to between 0.7 and 1.2.
+    """About U V^T for each matrix U S V^T of x (n, rows, columns).
 
-    The polynomial of Jordan et al. 2024: its slope at 0 counts for more than the value that it settles at.
+    Singular values above 0.005 of a matrix's length come to between 0.7 and 1.2, smaller ones stay smaller. The polynomial
+    of Jordan et al. 2024: its slope at 0 counts for more than the value that it settles at.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    # Each round multiplies x from the left by a polynomial of its Gram matrix, so for a long x the rounds can go by Gram matrices
-    # alone: 25 n^3 multiplications for n x 4n instead of 45. Their rounding grows by a^2 a round, which float32 has room for
-    on_gram = x.dtype == torch.float32 and x.shape[2] >= 2 * x.shape[1]
-    gram, product = x @ x.mT, None
-    for left in reversed(range(steps)):
-        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        if not on_gram:
-            x = torch.baddbmm(x, factor, x, beta=a)
-            gram = x @ x.mT if left else gram
-            continue
-        factor.diagonal(dim1=1, dim2=2).add_(a)
-        product = factor if product is None else factor @ product
-        gram = factor @ gram @ factor if left else gram
-    x = product @ x if on_gram else x
+    polynomial = lambda gram: torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b G + c G^2
+    if x.dtype == torch.float32 and x.shape[2] >= 2 * x.shape[1]:
+        # The rounds by Gram matrices alone: 25 n^3 multiplications for n x 4n instead of 45, two thirds of the time on a CPU.
+        # Rounding grows by a^2 a round, which float32 has room for (2e-4 of the update) and bfloat16 has not
+        gram, product = x @ x.mT, None
+        for left in reversed(range(steps)):
+            factor = polynomial(gram)
+            factor.diagonal(dim1=1, dim2=2).add_(a)
+            product = factor if product is None else factor @ product
+            gram = factor @ gram @ factor if left else gram
+        x = product @ x
+    else:
+        for _ in range(steps):
+            x = torch.baddbmm(x, polynomial(x @ x.mT), x, beta=a)
     return x.mT if tall else x
 
 

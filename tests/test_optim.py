@@ -186,6 +186,19 @@ def test_newton_schulz_makes_matrices_nearly_orthogonal():
     assert optim.newton_schulz(torch.zeros(1, 8, 8)).eq(0).all()
 
 
+def test_long_matrices_by_gram_matrices_are_the_plain_loop():
+    """In float32, to 5e-4 of the update, also where singular values span eight orders of magnitude; tall and wide alike."""
+    generator = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)
+    for smallest in (1e-2, 1e-4, 1e-8):
+        left, right = torch.linalg.qr(normal(96, 96))[0], torch.linalg.qr(normal(384, 96))[0]
+        x = left * torch.logspace(0, math.log10(smallest), 96, dtype=torch.float64) @ right.T
+        expected = plain_newton_schulz(x)
+        for y, wanted in ((x, expected), (x.T, expected.T)):
+            found = optim.newton_schulz(y.float()[None])[0]
+            assert (found - wanted).norm() < 5e-4 * wanted.norm()
+
+
 def test_embedding_and_head_are_adamws_at_rates_of_their_own():
     """Each parameter is in one group; the schedule scales all rates alike; betas (0.8, 0.95), decay 0.001."""
     model, optimizer = modern()
