@@ -330,9 +330,9 @@ def test_torchrun_stopped_killed_and_hung(flags, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_machines_that_share_no_disk(clone, flags, tmp_path):  # noqa: F811
-    """README, "More GPUs, more machines": records and checkpoints are on the first alone, from which both go on; the end is that
-    of two processes on one machine."""
+def test_two_launches_from_two_directories(clone, flags, tmp_path):  # noqa: F811
+    """README, "More GPUs, more machines": records and checkpoints are in the first alone, from which both go on; the end is
+    that of two processes of one launch. As near to two machines as one comes: the file system is the same."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     shutil.copytree(clone, tmp_path / "second")
