@@ -139,8 +139,8 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
     torch's own runs at a fifth of a large multiplication's rate on CPUs with bfloat16 units; this takes 0.56 of its time,
     forward and backward (notes/LOG.md). Nothing is kept for the backward pass but q, k and v.
     """
-    (B, H, T, D), q = q.shape, q * q.shape[-1] ** -0.5
-    y = like_heads(q)
+    B, _, T, D = q.shape
+    q, y = q * D ** -0.5, like_heads(q)
     for b in range(B):
         for rows, seen in row_blocks(T):
             y[b, :, rows] = probabilities(q[b, :, rows], k[b, :, seen]) @ v[b, :, seen]
@@ -150,10 +150,11 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
 @torch.library.custom_op("gpt2::attention_backward", mutates_args=())
 def attention_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dy: torch.Tensor) -> list[torch.Tensor]:
     """Gradients of q, k and v from that of the output."""
-    (B, H, T, D), q = q.shape, q * q.shape[-1] ** -0.5
+    B, H, T, D = q.shape
+    q = q * D ** -0.5
     dq, dk, dv = gradients = [like_heads(q) for _ in "qkv"]
     for b in range(B):
-        dk_sum, dv_sum = torch.zeros(2, H, T, D)  # float32: each block adds to all that it has seen
+        dk_sum, dv_sum = torch.zeros(2, H, T, D, dtype=torch.float32)  # each block adds to all that it has seen
         for rows, seen in row_blocks(T):
             q_i, dy_i, k_i, v_i = (x.contiguous() for x in (q[b, :, rows], dy[b, :, rows], k[b, :, seen], v[b, :, seen]))
             p = probabilities(q_i, k_i)
