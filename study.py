@@ -9,7 +9,7 @@ the study can be stopped by Ctrl-C or SIGTERM at any time, and goes on by the sa
 `cp -r log/reference/study log/study`. On a GPU when there is one.
 
 13 layers, 256 wide: 10.2M parameters beside the embedding. 128 steps of 8,192 tokens, 1.05M tokens a run; modern gets half
-the steps, under a schedule of its own. Learning rates: three values each, and further ones while the best is at an edge.
+the steps, under a schedule of its own. Learning rates: three values each (AdamW at 2e-3 has spikes already), and further ones while the best is at an edge.
 Then three seeds (of weights and data order) at the best rate, and with one seed the published steps on the way from
 gpt2-baseline to gpt2-swiglu. All batches come from the global permutation, but for the three runs that are about the order.
 AdamW warms up for 6 steps everywhere: in proportion to the presets it would be 1 to 4.
@@ -30,7 +30,7 @@ from config import UserError, command_line
 
 SHAPE = dict(n_layer=13, n_embd=256, n_head=4, T=256, B=8, total_batch=8192, data_order="global", val_tokens=65536,
              eval_interval=64, save_interval=16, keep_last=1, hellaswag_limit=200, n_samples=0, wandb="off")
-SWEEPS = {"gpt2-modern": (0.0125, 0.025, 0.05), "gpt2-baseline": (1e-3, 2e-3, 4e-3), "gpt2-rope": (1e-3, 2e-3, 4e-3)}
+SWEEPS = {"gpt2-modern": (0.0125, 0.025, 0.05), "gpt2-baseline": (5e-4, 1e-3, 2e-3), "gpt2-rope": (5e-4, 1e-3, 2e-3)}
 SEEDS = (1, 2, 3)
 
 

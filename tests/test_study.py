@@ -11,7 +11,7 @@ from study import SEEDS, Study
 
 
 class Trainer:
-    """In the place of subprocess.Popen: notes the settings, and finishes the run with a loss that has its best at 2e-3 or 0.05."""
+    """In the place of subprocess.Popen: notes the settings, and finishes the run with a loss that has its best at 1e-3 or 0.05."""
 
     def __init__(self, monkeypatch, fails=()):
         self.runs, self.fails = [], list(fails)
@@ -27,7 +27,7 @@ class Trainer:
 
     def wait(self):
         if self.returncode == 0:
-            loss = abs(self.cfg.max_lr / (0.05 if self.cfg.arch == "modern" else 2e-3) - 1) + self.cfg.seed / 100
+            loss = abs(self.cfg.max_lr / (0.05 if self.cfg.arch == "modern" else 1e-3) - 1) + self.cfg.seed / 100
             folder = Path(self.cfg.log_dir, self.cfg.run_name)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "finished.json").write_text(json.dumps({"step": self.cfg.max_steps, "val_loss": loss}))
@@ -50,8 +50,8 @@ def test_the_runs_are_those_that_the_docstring_tells(monkeypatch, tmp_path, comp
     assert len(runs) == len(trainer.runs)  # each one once
     rates = lambda preset: sorted({cfg.max_lr for cfg in trainer.runs if cfg.preset == preset and cfg.seed == SEEDS[0]
                                    and cfg.data_order == "global"})
-    assert rates("gpt2-rope") == [1e-3, 2e-3, 4e-3] and rates("gpt2-modern") == [0.0125, 0.025, 0.05, 0.1]  # past the edge
-    for name, lr in (("gpt2-baseline", 2e-3), ("gpt2-rope", 2e-3), ("gpt2-modern", 0.05)):
+    assert rates("gpt2-rope") == [5e-4, 1e-3, 2e-3] and rates("gpt2-modern") == [0.0125, 0.025, 0.05, 0.1]  # past the edge
+    for name, lr in (("gpt2-baseline", 1e-3), ("gpt2-rope", 1e-3), ("gpt2-modern", 0.05)):
         assert {cfg.seed for cfg in trainer.runs if cfg.preset == name and cfg.max_lr == lr} == set(SEEDS)
     for cfg in trainer.runs:
         assert cfg.total_batch == 8192 and cfg.seed == cfg.data_seed
@@ -63,13 +63,13 @@ def test_the_runs_are_those_that_the_docstring_tells(monkeypatch, tmp_path, comp
             assert cfg.warmup_steps == 6
     assert sorted((cfg.preset, cfg.data_order) for cfg in trainer.runs if cfg.data_order != "global") == [
         ("gpt2-baseline", "sequential"), ("gpt2-lr-inc", "documents"), ("gpt2-periodicity-fix", "documents")]
-    assert sorted(compared[0]) == sorted(runs) and compared[0][0] == "gpt2-baseline-0.002-seed1"
+    assert sorted(compared[0]) == sorted(runs) and compared[0][0] == "gpt2-baseline-0.001-seed1"
 
 
 def test_what_is_done_is_skipped_and_what_stopped_goes_on(monkeypatch, tmp_path, compared):
     """The fifth run is interrupted: the study ends, and the same command begins with that one."""
     trainer = Trainer(monkeypatch, fails=[5])
-    with pytest.raises(UserError, match="gpt2-baseline-0.001-seed1 ended with status 75; hint: "):
+    with pytest.raises(UserError, match="gpt2-baseline-0.0005-seed1 ended with status 75; hint: "):
         study.main(Study("data", str(tmp_path), "sweep"))
     assert len(trainer.runs) == 5 and not compared
     study.main(Study("data", str(tmp_path), "sweep"))
