@@ -353,6 +353,7 @@ def test_refusals():
 @pytest.mark.parametrize("compiled", [False, True])
 def test_recomputing_changes_nothing(switches, compiled):
     """Loss and gradients with activations computed twice are those with activations kept."""
+    torch._dynamo.reset()
     torch.manual_seed(3)
     model = GPT(GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=16, **switches))
     idx, found = torch.randint(64, (2, 17)), []
@@ -395,6 +396,7 @@ def test_attention_in_blocks_is_an_operator():
 
 def test_bfloat16_trains_through_attention_in_blocks(monkeypatch):
     """Under autocast on a CPU, compiled or not, the model's attention is this one, and none elsewhere."""
+    torch._dynamo.reset()  # one function compiles eight times in a process, and other tests compile it, too
     torch.manual_seed(5)
     model, idx = GPT(GPTConfig(**SHAPE)), tokens(2, 17)
     calls, whole = [], model_module.attention
