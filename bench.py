@@ -95,7 +95,7 @@ class Step:
     use_compile: bool = True  # this project's model compiled, as in training; transformers runs as it comes
     compiled_baseline: bool = False  # transformers compiled, too, as a third side
     memory: bool = True  # peak memory of each side, in processes of their own
-    keep_memory: bool = False  # on a CPU, all sides: freed memory kept, as train_gpt2.py does, not malloc as it comes
+    keep_memory: bool = True  # on a CPU, all sides: freed memory kept, as train_gpt2.py does; False: malloc as it comes
     recompute: bool = False  # this project's activations computed a second time instead of kept
     attention: Literal["auto", "flash", "cudnn", "efficient", "math"] = "auto"  # SDPA's back end, where it is used
     compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"  # torch.compile's
@@ -219,7 +219,6 @@ def measure_peak(args: Step, side: str) -> int:
 class Sweep(Step):
     """This project's training step at several shapes: cost should grow as the operations do."""
 
-    keep_memory: bool = True  # as in training
     Bs: tuple[int, ...] = (1, 2, 4, 8)  # sequences in the batch
     Ts: tuple[int, ...] = (256, 512, 1024, 2048)  # tokens in a sequence
 
@@ -256,8 +255,6 @@ KINDS = (  # names of operators and kernels, the first that fits
 @dataclass(frozen=True)
 class Profile(Step):
     """Where this project's training step spends its time, against a floor of operations and bytes."""
-
-    keep_memory: bool = True
 
 
 def profile(args: Profile) -> dict:
@@ -359,8 +356,6 @@ def startup(args: Startup) -> dict:
 @dataclass(frozen=True)
 class Parallel(Step):
     """Two gloo processes of one thread each, their gradients averaged by DDP, against the same two left alone."""
-
-    keep_memory: bool = True
 
 
 def parallel(args: Parallel) -> dict:
