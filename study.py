@@ -9,10 +9,11 @@ the study can be stopped by Ctrl-C or SIGTERM at any time, and goes on by the sa
 `cp -r log/reference/study log/study`. On a GPU when there is one.
 
 13 layers, 256 wide: 10.2M parameters beside the embedding. 128 steps of 8,192 tokens, 1.05M tokens a run; modern gets half
-the steps, under a schedule of its own. Learning rates: three values each (AdamW at 2e-3 has spikes already), and further ones while the best is at an edge.
-Then three seeds (of weights and data order) at the best rate, and with one seed the published steps on the way from
-gpt2-baseline to gpt2-swiglu. All batches come from the global permutation, but for the three runs that are about the order.
-AdamW warms up for 6 steps everywhere: in proportion to the presets it would be 1 to 4.
+the steps, under a schedule of its own. Learning rates: three values each, and further ones while the best is at an edge
+(AdamW's begin below 2e-3, where the loss has spikes). Then three seeds (of weights and data order) at the best rate, and with
+one seed the published steps on the way from gpt2-baseline to gpt2-swiglu. All batches come from the global permutation, but
+for the three runs that are about the order. AdamW warms up for 6 steps everywhere: in proportion to the presets it would be
+1 to 4.
 """
 
 import json
