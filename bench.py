@@ -62,6 +62,7 @@ import shards
 import tokenizer
 from config import UserError, command_line, preset
 from distributed import World, autocast_dtype, compile_error, keep_freed_memory, pick_device
+from kernels import speed_up
 from model import GPT, GPTConfig
 from runlog import RunLog, environment
 
@@ -163,6 +164,8 @@ def training_step(args: Step, side: str, wrap: Callable = lambda model: model) -
         model = GPT(GPTConfig(args.T, **shape, **switches)).to(device)
         optimizer = optim.build(dataclasses.replace(cfg, max_lr=6e-4 if cfg.optimizer == "adamw" else cfg.max_lr), model, dtype)
         model.recompute = args.recompute
+        if args.use_compile and device.type == "cpu":
+            speed_up(model, dtype)
         compiled = torch.compile(model, fullgraph=True, dynamic=False, mode=args.compile_mode) if args.use_compile else model
         wrapped = wrap(compiled)
         forward = lambda: wrapped(x, y)
@@ -273,12 +276,8 @@ def profile(args: Profile) -> dict:
         run()
         wall = 1e3 * (time.perf_counter() - t0)
     found = dict.fromkeys((kind for kind, _ in KINDS), 0.0)
-    for event in recorded.key_averages() if on_gpu else recorded.events():
-        owner = event
-        while not on_gpu and owner.cpu_parent and not owner.key.startswith("gpt2::"):
-            owner = owner.cpu_parent  # what an operator of model.py calls is counted as its own
-        key = owner.key if owner.key.startswith("gpt2::") else event.key
-        kind = next(kind for kind, pattern in KINDS if re.search(pattern, key))
+    for event in recorded.key_averages():
+        kind = next(kind for kind, pattern in KINDS if re.search(pattern, event.key))
         found[kind] += (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3
     found["host gaps"] = max(0.0, wall - sum(found.values()))
     rate, copy = device_rates(device, dtype)

@@ -25,8 +25,9 @@ import tyro
 import checkpoint
 from config import UserError, command_line, one_line
 from distributed import autocast_dtype, compile_error, pick_device
-from packed import PackedGPT, kernels
+from kernels import compiled
 from model import GPT, KVCache
+from packed import PackedGPT
 from tokenizer import EOT, N_VOCAB, gpt2
 
 
@@ -216,7 +217,7 @@ def of_type(model: GPT, dtype: str, device: torch.device, packed: bool = True) -
     wanted = torch.int8 if dtype == "int8" else autocast_dtype(device, dtype)
     why = None if wanted == torch.float32 else "torch.compile" if not packed else device.type
     if why == "cpu":
-        why = kernels() if isinstance(kernels(), str) else None
+        why = kernel if isinstance(kernel := compiled("packed.cpp"), str) else None
         if why is None:
             return PackedGPT(model, wanted)
     if wanted == torch.int8:

@@ -114,71 +114,6 @@ class Linear(nn.Linear):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# causal attention on a CPU in bfloat16
-
-ROWS = 256  # queries at a time: a sequence's scores (H, ROWS, T) are 6 MB at T = 1024 and stay in the cache
-
-
-def probabilities(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """softmax(q k^T) (H, n, m) of the last n of m tokens: q (H, n, D) scaled, k (H, m, D); none looks ahead."""
-    scores, n = q @ k.mT, q.shape[1]
-    scores[:, :, -n:] += torch.full((n, n), -torch.inf, dtype=q.dtype).triu_(1)
-    return torch.softmax(scores, -1, out=scores)
-
-
-def row_blocks(T: int) -> list[tuple[slice, slice]]:
-    """Queries, and the keys up to their last."""
-    return [(slice(i, i + ROWS), slice(0, i + ROWS)) for i in range(0, T, ROWS)]
-
-
-# To torch.compile each of the two is one operator: it takes no longer to compile, and runs as it stands here.
-@torch.library.custom_op("gpt2::attention", mutates_args=())
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """What F.scaled_dot_product_attention(q, k, v, is_causal=True) gives, (B, H, T, D) each, by plain multiplications.
-
-    torch's own runs at a fifth of a large multiplication's rate on CPUs with bfloat16 units; this takes 0.56 of its time,
-    forward and backward (notes/LOG.md). Nothing is kept for the backward pass but q, k and v.
-    """
-    B, _, T, D = q.shape
-    q, y = q * D ** -0.5, like_heads(q)
-    for b in range(B):
-        for rows, seen in row_blocks(T):
-            y[b, :, rows] = probabilities(q[b, :, rows], k[b, :, seen]) @ v[b, :, seen]
-    return y
-
-
-@torch.library.custom_op("gpt2::attention_backward", mutates_args=())
-def attention_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dy: torch.Tensor) -> list[torch.Tensor]:
-    """Gradients of q, k and v from that of the output."""
-    B, H, T, D = q.shape
-    q = q * D ** -0.5
-    dq, dk, dv = gradients = [like_heads(q) for _ in "qkv"]
-    for b in range(B):
-        dk_sum, dv_sum = torch.zeros(2, H, T, D, dtype=torch.float32)  # each block adds to all that it has seen
-        for rows, seen in row_blocks(T):
-            q_i, dy_i, k_i, v_i = (x.contiguous() for x in (q[b, :, rows], dy[b, :, rows], k[b, :, seen], v[b, :, seen]))
-            p = probabilities(q_i, k_i)
-            dv_sum[:, seen] += p.mT @ dy_i
-            ds = torch.ops.aten._softmax_backward_data(dy_i @ v_i.mT, p, -1, p.dtype)
-            dq[b, :, rows] = ds @ k_i
-            dk_sum[:, seen] += ds.mT @ q_i
-        dk[b], dv[b] = dk_sum, dv_sum
-    dq *= D ** -0.5
-    return gradients
-
-
-def like_heads(x: torch.Tensor) -> torch.Tensor:
-    """Room for (B, H, T, D) that lies in memory as (B, T, H, D), as the layers before and after have it."""
-    return torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-
-
-attention.register_fake(lambda q, k, v: like_heads(q))
-attention_backward.register_fake(lambda q, k, v, dy: [like_heads(q) for _ in "qkv"])
-attention.register_autograd(lambda ctx, dy: tuple(attention_backward(*ctx.saved_tensors, dy)),
-                            setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # the parts of a block
 
 
@@ -205,6 +140,7 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head, self.qk_norm = config.n_head, config.modern
+        self.causal = partial(F.scaled_dot_product_attention, is_causal=True)  # for a CPU kernels.py has a faster one
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=not config.modern)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=not config.modern)
 
@@ -218,10 +154,7 @@ class Attention(nn.Module):
             q, k = rms_norm(q), rms_norm(k)
         if kept is not None:
             k, v = kept(k, v)  # (B, H, S, D)
-        if mask is None and q.is_cpu and q.dtype == torch.bfloat16:
-            y = attention(q, k, v)  # (B, H, T, D)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        y = self.causal(q, k, v) if mask is None else F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 

@@ -1,4 +1,4 @@
-// y = x W^T + b for a few rows x: float32 throughout, but W read from memory as bfloat16 or int8. Compiled by packed.py for the
+// y = x W^T + b for a few rows x: float32 throughout, but W read from memory as bfloat16 or int8. Compiled by kernels.py for the
 // processor it runs on, from the compiler's own vectors: written for AVX2, AVX-512 and NEON, run so far on AVX2.
 #include <cstdint>
 #include <cstring>

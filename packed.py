@@ -7,29 +7,12 @@ what is left of it in a whole step. It has run on AVX2 only.
 """
 
 import ctypes
-import functools
-import subprocess
-import tempfile
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 
-from config import one_line
+from kernels import compiled
 from model import GPT
-
-
-@functools.cache
-def kernels() -> ctypes.CDLL | str:
-    """The compiled packed.cpp, or why there is none. OpenMP's threads are torch's: the library is loaded already."""
-    with tempfile.TemporaryDirectory() as folder:
-        library = f"{folder}/packed.so"
-        try:
-            subprocess.run(["g++", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", Path(__file__).with_suffix(".cpp"),
-                            "-o", library], check=True, capture_output=True, text=True)
-            return ctypes.CDLL(library)
-        except (OSError, subprocess.CalledProcessError) as e:
-            return one_line(e)
 
 
 class PackedLinear(nn.Module):
@@ -48,7 +31,7 @@ class PackedLinear(nn.Module):
         self.register_buffer("bias", torch.zeros(len(padded)))
         if bias is not None:
             self.bias[: self.N] = bias.detach()
-        self.run = getattr(kernels(), f"linear_{str(dtype).removeprefix('torch.')}")
+        self.run = getattr(compiled("packed.cpp"), f"linear_{str(dtype).removeprefix('torch.')}")
         self.fixed = [ctypes.c_void_p(t.data_ptr()) for t in (self.weight, self.scale, self.bias)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

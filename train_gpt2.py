@@ -51,6 +51,7 @@ import runlog
 import shards
 from distributed import INTERRUPTED, Stop, Stopped, World, all_sum, autocast_dtype, compile_error, free_memory, \
     from_first, out_of_memory, same_bits, setup
+from kernels import speed_up
 from model import GPT, GPTConfig
 from tokenizer import N_VOCAB, token_bytes
 
@@ -307,6 +308,7 @@ def run(cfg, notes: list[str], world: World, stop: Stop, say) -> int:
         compiled = not why
     if compiled and world.device.type == "cpu":  # costs no time there, and without it two threads add up the embedding's
         same_bits()  # gradient in the order in which they come by
+        speed_up(model, dtype)
     train_model = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
     eval_model = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
     if cfg.B == "auto":

@@ -14,6 +14,7 @@ from hypothesis import given, settings, strategies as st
 
 import checkpoint
 import generate
+import kernels
 import optim
 import packed
 from config import UserError, command_line
@@ -216,7 +217,7 @@ def test_sample_texts_are_a_function_of_the_arguments(model):
 # packed weights
 
 
-needs_kernel = pytest.mark.skipif(isinstance(packed.kernels(), str), reason="no g++: generate.py falls back to torch's kernels")
+needs_kernel = pytest.mark.skipif(isinstance(kernels.compiled("packed.cpp"), str), reason="no g++: generate.py falls back to torch's kernels")
 
 
 @needs_kernel
@@ -245,7 +246,7 @@ def test_weights_of_fewer_bits_are_close(monkeypatch):
     cpu = torch.device("cpu")
     off = [(generate.of_type(model, dtype, cpu)(ids) - expected).std() for dtype in ("float32", "bfloat16", "int8")]
     assert off[0] == 0 < off[1] < off[2] < 0.05 * expected.std()
-    monkeypatch.setattr(generate, "kernels", lambda: "no g++")
+    monkeypatch.setattr(generate, "compiled", lambda source: "no g++")
     with pytest.raises(UserError, match="no g\\+\\+; hint"):
         generate.of_type(model, "int8", cpu)
     assert generate.of_type(model, "bfloat16", cpu)(ids).dtype == torch.bfloat16
@@ -298,7 +299,7 @@ def test_prompts_from_command_line_file_and_stdin_give_the_same_texts(saved, tmp
 
 
 def test_all_kinds_of_numbers(saved, monkeypatch, capsys):
-    for dtype in ("bfloat16", "float32", "int8")[: 2 + (not isinstance(packed.kernels(), str))]:
+    for dtype in ("bfloat16", "float32", "int8")[: 2 + (not isinstance(kernels.compiled("packed.cpp"), str))]:
         status, out, _ = command(monkeypatch, capsys, "--model", saved, "--prompt", "Hello", "--dtype", dtype, "--max_new_tokens", 20,
                                  "--device", "cpu", "--temperature", 0)
         assert status == 0 and "20 tokens" in out

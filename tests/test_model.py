@@ -1,7 +1,7 @@
 """python -m pytest tests/test_model.py
 
 The laws of model.py: equality with transformers (logits, gradients, training steps), RoPE, SwiGLU, modern, causality,
-initial weights, counts. Everything runs in float32 on the CPU, but for one section in bfloat16, and takes a few seconds.
+initial weights, counts. Everything runs in float32 on the CPU, and takes a few seconds.
 """
 
 import dataclasses
@@ -13,10 +13,9 @@ import transformers
 from torch.nn import functional as F
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding, apply_rotary_pos_emb
 
-import model as model_module
 import optim
 from config import preset
-from model import GPT, GPTConfig, SwiGLU, attention, rope_tables, rotate
+from model import GPT, GPTConfig, SwiGLU, rope_tables, rotate
 
 SHAPE = dict(block_size=16, vocab_size=97, n_layer=3, n_head=4, n_embd=48)
 SWITCHES = [dict(), dict(use_rope=True), dict(use_swiglu=True), dict(use_rope=True, use_swiglu=True), dict(arch="modern")]
@@ -364,48 +363,3 @@ def test_recomputing_changes_nothing(switches, compiled):
         model.zero_grad()
     for a, b in zip(*found):
         assert torch.equal(a, b)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# attention on a CPU in bfloat16
-
-
-@pytest.mark.parametrize("T", [1, 255, 257, 700])
-def test_attention_in_blocks_equals_torch(T):
-    """Output and gradients are as near to float64 as bfloat16 brings torch's own (scores are rounded, too: twice its error)."""
-    generator = torch.Generator().manual_seed(4)
-    qkv, dy = torch.randn(2, T, 3 * 48, generator=generator).bfloat16(), torch.randn(2, T, 48, generator=generator).bfloat16()
-
-    def run(function, dtype):
-        x = qkv.detach().to(dtype, copy=True).requires_grad_()
-        y = function(*(z.view(2, T, 3, 16).transpose(1, 2) for z in x.split(48, dim=2)))
-        y.transpose(1, 2).reshape(2, T, 48).backward(dy.to(dtype))
-        return y.detach().double(), x.grad.double()
-
-    sdpa = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    for ours, theirs, exact in zip(run(attention, torch.bfloat16), run(sdpa, torch.bfloat16), run(sdpa, torch.float64)):
-        error = lambda z: ((z - exact).norm() / exact.norm()).item()
-        assert error(ours) < max(2 * error(theirs), 0.003)
-
-
-def test_attention_in_blocks_is_an_operator():
-    """Shapes, strides and gradients as torch.compile is told they are."""
-    q, k, v = (torch.randn(2, 260, 3, 8, dtype=torch.bfloat16).transpose(1, 2).requires_grad_() for _ in "qkv")
-    torch.library.opcheck(attention, (q, k, v))
-
-
-def test_bfloat16_trains_through_attention_in_blocks(monkeypatch):
-    """Under autocast on a CPU, compiled or not, the model's attention is this one, and none elsewhere."""
-    torch._dynamo.reset()  # one function compiles eight times in a process, and other tests compile it, too
-    torch.manual_seed(5)
-    model, idx = GPT(GPTConfig(**SHAPE)), tokens(2, 17)
-    calls, whole = [], model_module.attention
-    monkeypatch.setattr(model_module, "attention", lambda *qkv: calls.append(1) or whole(*qkv))
-    exact, losses = model(idx[:, :-1], idx[:, 1:]), []
-    assert not calls
-    for compiled in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = compiled(idx[:, :-1], idx[:, 1:])
-        loss.backward()
-        losses.append(loss.item())
-    assert len(calls) >= SHAPE["n_layer"] and losses == pytest.approx([exact.item()] * 2, abs=0.01)

@@ -1,0 +1,262 @@
+// Causal attention and its gradients on a CPU, float32 and, where the processor multiplies it, bfloat16 (sums in float32).
+// A thread has one head of one sequence at a time, and R queries of it: their scores with all the keys they see stay in the
+// cache, so nothing of size T x T goes through memory. Numbers are multiplied in words of 32 bits: one float, or the two
+// bfloat16 whose products one instruction adds up. Compiled by kernels.py for the processor it runs on.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#ifdef __AVX512F__
+constexpr long W = 16, M = 8, R = 32;  // floats in a register; rows of a tile, two registers wide; queries at a time
+#else
+constexpr long W = 8, M = 6, R = 48;
+#endif
+constexpr long N = 2 * W;
+typedef float Floats __attribute__((vector_size(4 * W)));
+typedef int32_t Ints __attribute__((vector_size(4 * W)));
+typedef uint32_t Words __attribute__((vector_size(4 * W)));
+typedef uint16_t bfloat16;
+template <class T> constexpr long PER_WORD = 4 / sizeof(T);
+
+template <class Vector> static inline Vector load(const void* p) { Vector v; memcpy(&v, p, sizeof v); return v; }
+template <class Vector> static inline void store(void* p, Vector v) { memcpy(p, &v, sizeof v); }
+
+// What depends on the type: sum + a * b for a word and a register of words; a register of floats stored as numbers; and as
+// words, with the next row's where a word holds two.
+template <class T> struct Type;
+
+template <> struct Type<float> {
+    static inline Floats add(Floats sum, uint32_t a, Words b) { float f; memcpy(&f, &a, 4); return sum + f * (Floats)b; }
+    static inline void put(float* p, Floats x) { store(p, x); }
+    static inline Words words(const Floats* rows) { return (Words)rows[0]; }
+};
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+template <> struct Type<bfloat16> {
+    static inline Floats add(Floats sum, uint32_t a, Words b) {
+        return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
+    }
+    static inline void put(bfloat16* p, Floats x) { store(p, _mm512_cvtneps_pbh(x)); }
+    static inline Words words(const Floats* rows) {
+        typedef uint16_t Halves __attribute__((vector_size(2 * W)));
+        auto wide = [](Floats x) { return __builtin_convertvector((Halves)_mm512_cvtneps_pbh(x), Words); };
+        return wide(rows[0]) | wide(rows[1]) << 16;
+    }
+};
+#endif
+
+// C (m, n) = A B, or += with `more`. Word k of A's row i is a[i * row + k * next]; B is (K, n) words, rows ldb apart, C's rows
+// are ldc apart. m is a multiple of M, n of N.
+template <class T>
+static inline void multiply(long m, long n, long K, const uint32_t* a, long row, long next, const uint32_t* b, long ldb,
+                            float* c, long ldc, bool more) {
+    for (long j = 0; j < n; j += N)
+        for (long i = 0; i < m; i += M) {
+            float* tile = c + i * ldc + j;
+            Floats sum[M][2] = {};
+            if (more)
+                for (long r = 0; r < M; r++)
+                    for (long s = 0; s < 2; s++) sum[r][s] = load<Floats>(tile + r * ldc + s * W);
+            for (long k = 0; k < K; k++) {
+                const Words left = load<Words>(b + k * ldb + j), right = load<Words>(b + k * ldb + j + W);
+                for (long r = 0; r < M; r++) {
+                    const uint32_t x = a[(i + r) * row + k * next];
+                    sum[r][0] = Type<T>::add(sum[r][0], x, left);
+                    sum[r][1] = Type<T>::add(sum[r][1], x, right);
+                }
+            }
+            for (long r = 0; r < M; r++)
+                for (long s = 0; s < 2; s++) store(tile + r * ldc + s * W, sum[r][s]);
+        }
+}
+
+struct Tensor { char* data; long b, h, t; };  // (B, H, T, D) with its strides in numbers, that of D is 1
+
+template <class T> static T* head(const Tensor& x, long b, long h) { return (T*)x.data + b * x.b + h * x.h; }
+
+// A head's n rows of D numbers, closed up; zeros follow, up to `padded` rows.
+template <class T> static void read(const Tensor& x, long b, long h, long n, long padded, long D, T* out) {
+    for (long t = 0; t < n; t++) memcpy(out + t * D, head<T>(x, b, h) + t * x.t, D * sizeof(T));
+    std::fill(out + n * D, out + padded * D, T());
+}
+
+// Rows i to i + n of a head from floats, times a factor.
+template <class T> static void write(const float* x, float factor, long n, long D, const Tensor& out, long b, long h, long i) {
+    for (long t = 0; t < n; t++)
+        for (long d = 0; d < D; d += W) Type<T>::put(head<T>(out, b, h) + (i + t) * out.t + d, load<Floats>(x + t * D + d) * factor);
+}
+
+// (n, D) numbers as words of neighbours in a column, (n / PER_WORD, D).
+template <class T> static void words_down(const T* x, long n, long D, uint32_t* out) {
+    for (long t = 0; t < n; t += PER_WORD<T>)
+        for (long d = 0; d < D; d++) {
+            T pair[PER_WORD<T>];
+            for (long e = 0; e < PER_WORD<T>; e++) pair[e] = x[(t + e) * D + d];
+            memcpy(out + t / PER_WORD<T> * D + d, pair, 4);
+        }
+}
+
+// (n, D) numbers as words of neighbours in a row, transposed: (D / PER_WORD, n), rows ld apart. n is a multiple of 16.
+template <class T> static void words_across(const T* x, long n, long D, uint32_t* out, long ld) {
+    for (long first = 0; first < n; first += 16)
+        for (long d = 0; d < D; d += PER_WORD<T>)
+            for (long t = first; t < first + 16; t++) memcpy(out + d / PER_WORD<T> * ld + t, x + t * D + d, 4);
+}
+
+// e^x for x <= 0 (from -86 on) to 2e-7 of it: 2^(n + f), n added to the exponent, a polynomial for f in [-1/2, 1/2].
+static inline Floats exp(Floats x) {
+    const float round = 12582912;  // 1.5 x 2^23: a sum with it has no room for a fraction
+    x *= 1.44269504f;
+    x = x < -125.f ? Floats{} - 125.f : x;  // in this order what is no number stays none
+    const Floats whole = x + round, f = x - (whole - round);
+    const Floats p = 1.f + f * (6.9314718e-1f + f * (2.4022651e-1f + f * (5.5504109e-2f + f * (9.6181291e-3f +
+                           f * (1.3333558e-3f + f * 1.5403530e-4f)))));
+    return (Floats)((Ints)p + ((Ints)whole << 23));
+}
+
+// x for the keys from j on that query i sees, `other` for those behind it.
+static inline Floats seen(Floats x, long i, long j, float other) {
+    Ints lane;
+    for (long w = 0; w < W; w++) lane[w] = w;
+    return lane <= (int32_t)(i - j) ? x : Floats{} + other;
+}
+
+static inline float total(Floats x) { float sum = 0; for (long w = 0; w < W; w++) sum += x[w]; return sum; }
+
+// Query i's scores with n keys become e^(score - largest), zero for those it does not see. Returns their sum; in `dot`, if
+// asked for, what they and `other` multiply to.
+static inline float exponentials(float* scores, long i, long n, float scale, const float* other = nullptr, float* dot = nullptr) {
+    Floats top = Floats{} - INFINITY, sum = {}, product = {};
+    for (long j = 0; j < n; j += W) {
+        const Floats x = seen(load<Floats>(scores + j), i, j, -INFINITY);
+        top = x > top ? x : top;
+    }
+    float largest = top[0];
+    for (long w = 1; w < W; w++) largest = std::max(largest, top[w]);
+    for (long j = 0; j < n; j += W) {
+        const Floats e = seen(exp((load<Floats>(scores + j) - largest) * scale), i, j, 0);
+        store(scores + j, e);
+        sum += e;
+        if (dot) product += e * load<Floats>(other + j);
+    }
+    if (dot) *dot = total(product);
+    return total(sum);
+}
+
+// A thread's working memory: kept from call to call, for fresh pages cost a fifth of the time.
+struct Space {
+    float* next;
+    explicit Space(long floats) {
+        static thread_local std::vector<float> kept;
+        if ((long)kept.size() < floats + 16) kept.resize(floats + 16);
+        next = (float*)(((uintptr_t)kept.data() + 63) / 64 * 64);
+    }
+    template <class T> T* take(long n) { T* p = (T*)next; next += n * sizeof(T) / 4; return p; }
+};
+
+// Rows of scores are ld apart: 32 more than there are keys, as rows 4,096 bytes apart would share a few places of the cache
+// (T = 1024 took a fifth longer than 960).
+static long round_up(long T) { return (T + R - 1) / R * R; }
+
+template <class T> static void forward(const Tensor* x, long B, long H, long tokens, long D) {
+    const long n_all = round_up(tokens), ld = n_all + 32, E = PER_WORD<T>;
+    const float scale = 1 / std::sqrt((float)D);
+    #pragma omp parallel
+    {
+        Space space(5 * ld * D + 2 * R * ld + R * D);
+        T *q = space.take<T>(n_all * D), *k = space.take<T>(n_all * D), *v = space.take<T>(n_all * D), *e = space.take<T>(R * ld);
+        uint32_t *k_across = space.take<uint32_t>(ld * D / E), *v_down = space.take<uint32_t>(n_all * D / E);
+        float *s = space.take<float>(R * ld), *y = space.take<float>(R * D);
+        #pragma omp for schedule(dynamic)
+        for (long bh = 0; bh < B * H; bh++) {
+            const long b = bh / H, h = bh % H;
+            read(x[0], b, h, tokens, n_all, D, q);
+            read(x[1], b, h, tokens, n_all, D, k);
+            read(x[2], b, h, tokens, n_all, D, v);
+            words_across(k, n_all, D, k_across, ld);
+            words_down(v, n_all, D, v_down);
+            for (long i = 0; i < tokens; i += R) {
+                const long n = i + R;  // keys
+                float sums[R];
+                multiply<T>(R, n, D / E, (uint32_t*)(q + i * D), D / E, 1, k_across, ld, s, ld, false);
+                for (long r = 0; r < R; r++) {
+                    sums[r] = exponentials(s + r * ld, i + r, n, scale);
+                    for (long j = 0; j < n; j += W) Type<T>::put(e + r * ld + j, load<Floats>(s + r * ld + j));
+                }
+                multiply<T>(R, D, n / E, (uint32_t*)e, ld / E, 1, v_down, D, y, D, false);
+                for (long r = 0; r < std::min(R, tokens - i); r++) write<T>(y + r * D, 1 / sums[r], 1, D, x[3], b, h, i + r);
+            }
+        }
+    }
+}
+
+// With p = softmax(s), s = scale q k^T and y = p v: dv = p^T dy, dp = dy v^T, ds = p (dp - sum(p dp)), dq = scale ds k,
+// dk = scale ds^T q. p is computed again, which costs less than keeping it.
+template <class T> static void backward(const Tensor* x, long B, long H, long tokens, long D) {
+    const long n_all = round_up(tokens), ld = n_all + 32, E = PER_WORD<T>;
+    const float scale = 1 / std::sqrt((float)D);
+    #pragma omp parallel
+    {
+        Space space(11 * ld * D + 5 * R * ld + R * D);
+        auto words = [&](long numbers) { return space.take<uint32_t>(numbers / E); };
+        T *q = space.take<T>(n_all * D), *k = space.take<T>(n_all * D), *v = space.take<T>(n_all * D), *dy = space.take<T>(n_all * D);
+        uint32_t *k_across = words(ld * D), *v_across = words(ld * D);
+        uint32_t *k_down = words(n_all * D), *q_down = words(n_all * D), *dy_down = words(n_all * D);
+        uint32_t *p_down = words(R * ld), *ds_down = words(R * ld);
+        T* ds = space.take<T>(R * ld);
+        float *s = space.take<float>(R * ld), *dp = space.take<float>(R * ld), *dq = space.take<float>(R * D);
+        float *dk = space.take<float>(n_all * D), *dv = space.take<float>(n_all * D);
+        #pragma omp for schedule(dynamic)
+        for (long bh = 0; bh < B * H; bh++) {
+            const long b = bh / H, h = bh % H;
+            read(x[0], b, h, tokens, n_all, D, q);
+            read(x[1], b, h, tokens, n_all, D, k);
+            read(x[2], b, h, tokens, n_all, D, v);
+            read(x[3], b, h, tokens, n_all, D, dy);
+            words_across(k, n_all, D, k_across, ld);
+            words_across(v, n_all, D, v_across, ld);
+            words_down(k, n_all, D, k_down);
+            words_down(q, n_all, D, q_down);
+            words_down(dy, n_all, D, dy_down);
+            std::fill(dk, dk + n_all * D, 0.f);
+            std::fill(dv, dv + n_all * D, 0.f);
+            for (long i = 0; i < tokens; i += R) {
+                const long n = i + R;
+                multiply<T>(R, n, D / E, (uint32_t*)(q + i * D), D / E, 1, k_across, ld, s, ld, false);
+                multiply<T>(R, n, D / E, (uint32_t*)(dy + i * D), D / E, 1, v_across, ld, dp, ld, false);
+                for (long r = 0; r < R; r += E) {  // as many rows as a word of dv's and dk's multiplications has
+                    float sum[2], dot[2];
+                    for (long e = 0; e < E; e++) sum[e] = exponentials(s + (r + e) * ld, i + r + e, n, scale, dp + (r + e) * ld, dot + e);
+                    for (long j = 0; j < n; j += W) {
+                        Floats p[2], g[2];
+                        for (long e = 0; e < E; e++) {
+                            const long at = (r + e) * ld + j;
+                            p[e] = load<Floats>(s + at) * (1 / sum[e]);
+                            g[e] = p[e] * (load<Floats>(dp + at) - dot[e] / sum[e]) * scale;
+                            Type<T>::put(ds + at, g[e]);
+                        }
+                        store(p_down + r / E * ld + j, Type<T>::words(p));
+                        store(ds_down + r / E * ld + j, Type<T>::words(g));
+                    }
+                }
+                multiply<T>(R, D, n / E, (uint32_t*)ds, ld / E, 1, k_down, D, dq, D, false);
+                write<T>(dq, 1, std::min(R, tokens - i), D, x[4], b, h, i);
+                multiply<T>(n, D, R / E, ds_down, 1, ld, q_down + i / E * D, D, dk, D, true);
+                multiply<T>(n, D, R / E, p_down, 1, ld, dy_down + i / E * D, D, dv, D, true);
+            }
+            write<T>(dk, 1, tokens, D, x[5], b, h, 0);
+            write<T>(dv, 1, tokens, D, x[6], b, h, 0);
+        }
+    }
+}
+
+// x: q, k, v, y; or q, k, v, dy, dq, dk, dv. D is a multiple of 32.
+extern "C" void forward_float32(const Tensor* x, long B, long H, long T, long D) { forward<float>(x, B, H, T, D); }
+extern "C" void backward_float32(const Tensor* x, long B, long H, long T, long D) { backward<float>(x, B, H, T, D); }
+#ifdef __AVX512BF16__
+extern "C" void forward_bfloat16(const Tensor* x, long B, long H, long T, long D) { forward<bfloat16>(x, B, H, T, D); }
+extern "C" void backward_bfloat16(const Tensor* x, long B, long H, long T, long D) { backward<bfloat16>(x, B, H, T, D); }
+#endif
