@@ -10,8 +10,10 @@
 
 #ifdef __AVX512F__
 constexpr long W = 16, M = 8, R = 32;  // floats in a register; rows of a tile, two registers wide; queries at a time
-#else
+#elif defined(__AVX2__)
 constexpr long W = 8, M = 6, R = 48;
+#else
+#error "written for AVX2 and AVX-512; on others it was not tried, and torch's own attention runs"
 #endif
 constexpr long N = 2 * W;
 typedef float Floats __attribute__((vector_size(4 * W)));

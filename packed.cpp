@@ -1,5 +1,5 @@
 // y = x W^T + b for a few rows x: float32 throughout, but W read from memory as bfloat16 or int8. Compiled by kernels.py for the
-// processor it runs on, from the compiler's own vectors: written for AVX2, AVX-512 and NEON, run so far on AVX2.
+// processor it runs on, from the compiler's own vectors: written for AVX2, AVX-512 and NEON, run so far on AVX2 and AVX-512.
 #include <cstdint>
 #include <cstring>
 

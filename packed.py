@@ -3,7 +3,7 @@
 Everything else is float32: activations, sums, cache, biases and norms. The kernel (packed.cpp) is compiled for the processor
 when it is first wanted, in about two seconds. Forty matrices of 3072 x 768, two cores with AVX2: one row takes F.linear 39 ms in
 float32, this kernel 14 in bfloat16 and 10.5 in int8; 16 rows take 79 and 32 (notes/LOG.md). `python bench.py generate` measures
-what is left of it in a whole step. It has run on AVX2 only.
+what is left of it in a whole step. It has run on AVX2 and AVX-512.
 """
 
 import ctypes
