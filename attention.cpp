@@ -148,7 +148,7 @@ static inline float exponentials(float* scores, long i, long n, float scale, con
     return total(sum);
 }
 
-// A thread's working memory: kept from call to call, for fresh pages cost a fifth of the time.
+// A thread's working memory: kept from call to call, so that its pages are zeroed once.
 struct Space {
     float* next;
     explicit Space(long floats) {
