@@ -120,6 +120,7 @@ def test_under_autocast_and_compiled(monkeypatch):
     torch.manual_seed(5)
     model = GPT(GPTConfig(block_size=48, vocab_size=97, n_layer=2, n_head=2, n_embd=64))
     ids = torch.randint(97, (2, 49))
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)  # with AMX torch's own is left in place
     for dtype in types():
         assert kernels.speed_up(model, dtype)
         exact, losses, calls, run = model(ids[:, :-1], ids[:, 1:]), [], [], kernels.run
@@ -129,7 +130,7 @@ def test_under_autocast_and_compiled(monkeypatch):
                 loss = compiled(ids[:, :-1], ids[:, 1:])
             loss.backward()
             losses.append(loss.item())
-        monkeypatch.undo()
+        monkeypatch.setattr(kernels, "run", run)
         assert calls == 2 * (2 * [("forward", dtype)] + 2 * [("backward", dtype)])
         assert losses == pytest.approx([exact.item()] * 2, abs=1e-5 if dtype == torch.float32 else 0.01)
 
