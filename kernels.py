@@ -50,9 +50,9 @@ def speed_up(model, dtype: torch.dtype) -> bool:
 
 def run(name: str, *tensors: torch.Tensor):
     """Call a function of attention.cpp: tensors (B, H, T, D) of one type, whose last stride is 1."""
-    whole = (ctypes.c_long * (4 * len(tensors)))(*(n for x in tensors for n in (x.data_ptr(), *x.stride()[:3])))
+    described = (ctypes.c_long * (4 * len(tensors)))(*(n for x in tensors for n in (x.data_ptr(), *x.stride()[:3])))
     call = getattr(compiled("attention.cpp"), f"{name}_{str(tensors[0].dtype).removeprefix('torch.')}")
-    call(whole, *map(ctypes.c_long, tensors[0].shape))
+    call(described, *map(ctypes.c_long, tensors[0].shape))
 
 
 def like_heads(x: torch.Tensor) -> torch.Tensor:
