@@ -11,7 +11,7 @@
 #ifdef __AVX512F__
 constexpr long W = 16, M = 8, R = 32;  // floats in a register; rows of a tile, two registers wide; queries at a time
 #elif defined(__AVX2__)
-constexpr long W = 8, M = 6, R = 48;
+constexpr long W = 8, M = 4, R = 32;
 #else
 #error "written for AVX2 and AVX-512; on others it was not tried, and torch's own attention runs"
 #endif
@@ -50,11 +50,65 @@ template <> struct Type<bfloat16> {
 };
 #endif
 
-// C (m, n) = A B, or += with `more`. Word k of A's row i is a[i * row + k * next]; B is (K, n) words, rows ldb apart, C's rows
-// are ldc apart. m is a multiple of M, n of N.
+// AMX: tiles of 16 rows of 16 words. A process asks the system for leave to use them; their shape is a thread's, and that of
+// whoever had them before is put back.
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#include <sys/syscall.h>
+#include <unistd.h>
+static const bool TILES = syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+
+static inline void fence() { asm volatile("" ::: "memory"); }  // to GCC 12 these instructions do not read memory
+
+struct Tiles {
+    struct alignas(64) Shape { uint8_t palette, start, reserved[14]; uint16_t row_bytes[16]; uint8_t rows[16]; } before;
+    Tiles() {
+        Shape shape{1};
+        for (int tile = 0; tile < 8; tile++) shape.row_bytes[tile] = 64, shape.rows[tile] = 16;
+        if (!TILES) return;
+        fence();
+        _tile_storeconfig(&before);
+        _tile_loadconfig(&shape);
+    }
+    ~Tiles() { if (TILES) fence(), put_back(); }
+    void put_back() { _tile_loadconfig(&before); }
+};
+
+static void multiply_tiles(long m, long n, long K, const uint32_t* a, long lda, const uint32_t* b, long ldb, float* c, long ldc, bool more) {
+    fence();
+    for (long j = 0; j < n; j += 32)
+        for (long i = 0; i < m; i += 32) {
+            float *top = c + i * ldc + j, *bottom = top + 16 * ldc;
+            _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+            if (more) {
+                _tile_loadd(0, top, 4 * ldc); _tile_loadd(1, top + 16, 4 * ldc);
+                _tile_loadd(2, bottom, 4 * ldc); _tile_loadd(3, bottom + 16, 4 * ldc);
+            }
+            for (long k = 0; k < K; k += 16) {
+                const uint32_t *rows = a + i * lda + k, *columns = b + k * ldb + j;
+                _tile_loadd(4, rows, 4 * lda); _tile_loadd(6, columns, 4 * ldb);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_loadd(7, columns + 16, 4 * ldb);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_loadd(5, rows + 16 * lda, 4 * lda);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+            _tile_stored(0, top, 4 * ldc); _tile_stored(1, top + 16, 4 * ldc);
+            _tile_stored(2, bottom, 4 * ldc); _tile_stored(3, bottom + 16, 4 * ldc);
+        }
+}
+#else
+struct Tiles {};
+#endif
+
+// C (m, n) = A B, or += with `more`: A (m, K) and B (K, n) of words, rows lda, ldb and ldc apart. m, n and K are multiples
+// of 32, K in bfloat16 of 16.
 template <class T>
-static inline void multiply(long m, long n, long K, const uint32_t* a, long row, long next, const uint32_t* b, long ldb,
-                            float* c, long ldc, bool more) {
+static inline void multiply(long m, long n, long K, const void* A, long lda, const uint32_t* b, long ldb, float* c, long ldc, bool more) {
+    const uint32_t* a = (const uint32_t*)A;
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+    if (sizeof(T) == 2 && TILES) return multiply_tiles(m, n, K, a, lda, b, ldb, c, ldc, more);
+#endif
     for (long j = 0; j < n; j += N)
         for (long i = 0; i < m; i += M) {
             float* tile = c + i * ldc + j;
@@ -65,7 +119,7 @@ static inline void multiply(long m, long n, long K, const uint32_t* a, long row,
             for (long k = 0; k < K; k++) {
                 const Words left = load<Words>(b + k * ldb + j), right = load<Words>(b + k * ldb + j + W);
                 for (long r = 0; r < M; r++) {
-                    const uint32_t x = a[(i + r) * row + k * next];
+                    const uint32_t x = a[(i + r) * lda + k];
                     sum[r][0] = Type<T>::add(sum[r][0], x, left);
                     sum[r][1] = Type<T>::add(sum[r][1], x, right);
                 }
@@ -89,6 +143,23 @@ template <class T> static void read(const Tensor& x, long b, long h, long n, lon
 template <class T> static void write(const float* x, float factor, long n, long D, const Tensor& out, long b, long h, long i) {
     for (long t = 0; t < n; t++)
         for (long d = 0; d < D; d += W) Type<T>::put(head<T>(out, b, h) + (i + t) * out.t + d, load<Floats>(x + t * D + d) * factor);
+}
+
+// (n, D) numbers transposed, rows ld apart.
+template <class T> static void turn(const T* x, long n, long D, T* out, long ld) {
+    for (long first = 0; first < n; first += 16)
+        for (long d = 0; d < D; d++)
+            for (long t = first; t < first + 16; t++) out[d * ld + t] = x[t * D + d];
+}
+
+// Tokens 0 to n of a head from (D, n) floats, rows ld apart.
+template <class T> static void write_turned(const float* x, long ld, long n, long D, const Tensor& out, long b, long h) {
+    for (long t = 0; t < n; t++)
+        for (long d = 0; d < D; d += W) {
+            Floats row;
+            for (long w = 0; w < W; w++) row[w] = x[(d + w) * ld + t];
+            Type<T>::put(head<T>(out, b, h) + t * out.t + d, row);
+        }
 }
 
 // (n, D) numbers as words of neighbours in a column, (n / PER_WORD, D).
@@ -168,6 +239,7 @@ template <class T> static void forward(const Tensor* x, long B, long H, long tok
     const float scale = 1 / std::sqrt((float)D);
     #pragma omp parallel
     {
+        Tiles tiles;
         Space space(5 * ld * D + 2 * R * ld + R * D);
         T *q = space.take<T>(n_all * D), *k = space.take<T>(n_all * D), *v = space.take<T>(n_all * D), *e = space.take<T>(R * ld);
         uint32_t *k_across = space.take<uint32_t>(ld * D / E), *v_down = space.take<uint32_t>(n_all * D / E);
@@ -183,12 +255,12 @@ template <class T> static void forward(const Tensor* x, long B, long H, long tok
             for (long i = 0; i < tokens; i += R) {
                 const long n = i + R;  // keys
                 float sums[R];
-                multiply<T>(R, n, D / E, (uint32_t*)(q + i * D), D / E, 1, k_across, ld, s, ld, false);
+                multiply<T>(R, n, D / E, q + i * D, D / E, k_across, ld, s, ld, false);
                 for (long r = 0; r < R; r++) {
                     sums[r] = exponentials(s + r * ld, i + r, n, scale);
                     for (long j = 0; j < n; j += W) Type<T>::put(e + r * ld + j, load<Floats>(s + r * ld + j));
                 }
-                multiply<T>(R, D, n / E, (uint32_t*)e, ld / E, 1, v_down, D, y, D, false);
+                multiply<T>(R, D, n / E, e, ld / E, v_down, D, y, D, false);
                 for (long r = 0; r < std::min(R, tokens - i); r++) write<T>(y + r * D, 1 / sums[r], 1, D, x[3], b, h, i + r);
             }
         }
@@ -202,15 +274,15 @@ template <class T> static void backward(const Tensor* x, long B, long H, long to
     const float scale = 1 / std::sqrt((float)D);
     #pragma omp parallel
     {
+        Tiles tiles;
         Space space(11 * ld * D + 5 * R * ld + R * D);
         auto words = [&](long numbers) { return space.take<uint32_t>(numbers / E); };
         T *q = space.take<T>(n_all * D), *k = space.take<T>(n_all * D), *v = space.take<T>(n_all * D), *dy = space.take<T>(n_all * D);
         uint32_t *k_across = words(ld * D), *v_across = words(ld * D);
-        uint32_t *k_down = words(n_all * D), *q_down = words(n_all * D), *dy_down = words(n_all * D);
-        uint32_t *p_down = words(R * ld), *ds_down = words(R * ld);
-        T* ds = space.take<T>(R * ld);
+        uint32_t *k_down = words(n_all * D), *p_down = words(R * ld), *ds_down = words(R * ld);
+        T *ds = space.take<T>(R * ld), *q_turned = space.take<T>(ld * D), *dy_turned = space.take<T>(ld * D);
         float *s = space.take<float>(R * ld), *dp = space.take<float>(R * ld), *dq = space.take<float>(R * D);
-        float *dk = space.take<float>(n_all * D), *dv = space.take<float>(n_all * D);
+        float *dk = space.take<float>(D * ld), *dv = space.take<float>(D * ld);  // (D, tokens)
         #pragma omp for schedule(dynamic)
         for (long bh = 0; bh < B * H; bh++) {
             const long b = bh / H, h = bh % H;
@@ -221,14 +293,14 @@ template <class T> static void backward(const Tensor* x, long B, long H, long to
             words_across(k, n_all, D, k_across, ld);
             words_across(v, n_all, D, v_across, ld);
             words_down(k, n_all, D, k_down);
-            words_down(q, n_all, D, q_down);
-            words_down(dy, n_all, D, dy_down);
-            std::fill(dk, dk + n_all * D, 0.f);
-            std::fill(dv, dv + n_all * D, 0.f);
+            turn(q, n_all, D, q_turned, ld);
+            turn(dy, n_all, D, dy_turned, ld);
+            std::fill(dk, dk + D * ld, 0.f);
+            std::fill(dv, dv + D * ld, 0.f);
             for (long i = 0; i < tokens; i += R) {
                 const long n = i + R;
-                multiply<T>(R, n, D / E, (uint32_t*)(q + i * D), D / E, 1, k_across, ld, s, ld, false);
-                multiply<T>(R, n, D / E, (uint32_t*)(dy + i * D), D / E, 1, v_across, ld, dp, ld, false);
+                multiply<T>(R, n, D / E, q + i * D, D / E, k_across, ld, s, ld, false);
+                multiply<T>(R, n, D / E, dy + i * D, D / E, v_across, ld, dp, ld, false);
                 for (long r = 0; r < R; r += E) {  // as many rows as a word of dv's and dk's multiplications has
                     float sum[2], dot[2];
                     for (long e = 0; e < E; e++) sum[e] = exponentials(s + (r + e) * ld, i + r + e, n, scale, dp + (r + e) * ld, dot + e);
@@ -244,13 +316,13 @@ template <class T> static void backward(const Tensor* x, long B, long H, long to
                         store(ds_down + r / E * ld + j, Type<T>::words(g));
                     }
                 }
-                multiply<T>(R, D, n / E, (uint32_t*)ds, ld / E, 1, k_down, D, dq, D, false);
+                multiply<T>(R, D, n / E, ds, ld / E, k_down, D, dq, D, false);
                 write<T>(dq, 1, std::min(R, tokens - i), D, x[4], b, h, i);
-                multiply<T>(n, D, R / E, ds_down, 1, ld, q_down + i / E * D, D, dk, D, true);
-                multiply<T>(n, D, R / E, p_down, 1, ld, dy_down + i / E * D, D, dv, D, true);
+                multiply<T>(D, n, R / E, q_turned + i, ld / E, ds_down, ld, dk, ld, true);
+                multiply<T>(D, n, R / E, dy_turned + i, ld / E, p_down, ld, dv, ld, true);
             }
-            write<T>(dk, 1, tokens, D, x[5], b, h, 0);
-            write<T>(dv, 1, tokens, D, x[6], b, h, 0);
+            write_turned<T>(dk, ld, tokens, D, x[5], b, h);
+            write_turned<T>(dv, ld, tokens, D, x[6], b, h);
         }
     }
 }

@@ -39,9 +39,8 @@ def speed_up(model, dtype: torch.dtype) -> bool:
     from torch._inductor import config  # takes a second
     if hasattr(config.cpp, "use_decompose_tanh"):
         config.cpp.use_decompose_tanh = True
-    amx = dtype == torch.bfloat16 and getattr(torch.cpu, "_is_amx_tile_supported", bool)()
     D = model.config.n_embd // model.config.n_head
-    if amx or D % 32 or not hasattr(compiled("attention.cpp"), f"forward_{str(dtype).removeprefix('torch.')}"):
+    if D % 32 or not hasattr(compiled("attention.cpp"), f"forward_{str(dtype).removeprefix('torch.')}"):
         return False
     for block in model.h:
         block.attn.causal = attention
