@@ -11,7 +11,7 @@
 #ifdef __AVX512F__
 constexpr long W = 16, M = 8, R = 32;  // floats in a register; rows of a tile, two registers wide; queries at a time
 #elif defined(__AVX2__)
-constexpr long W = 8, M = 4, R = 32;
+constexpr long W = 8, M = 6, R = 48;
 #else
 #error "written for AVX2 and AVX-512; on others it was not tried, and torch's own attention runs"
 #endif
@@ -53,6 +53,7 @@ template <> struct Type<bfloat16> {
 // AMX: tiles of 16 rows of 16 words. A process asks the system for leave to use them; their shape is a thread's, and that of
 // whoever had them before is put back.
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#define AMX
 #include <sys/syscall.h>
 #include <unistd.h>
 static const bool TILES = syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -69,8 +70,9 @@ struct Tiles {
         _tile_storeconfig(&before);
         _tile_loadconfig(&shape);
     }
-    ~Tiles() { if (TILES) fence(), put_back(); }
-    void put_back() { _tile_loadconfig(&before); }
+    ~Tiles() {
+        if (TILES) { _tile_loadconfig(&before); }
+    }
 };
 
 static void multiply_tiles(long m, long n, long K, const uint32_t* a, long lda, const uint32_t* b, long ldb, float* c, long ldc, bool more) {
@@ -101,32 +103,38 @@ static void multiply_tiles(long m, long n, long K, const uint32_t* a, long lda, 
 struct Tiles {};
 #endif
 
-// C (m, n) = A B, or += with `more`: A (m, K) and B (K, n) of words, rows lda, ldb and ldc apart. m, n and K are multiples
-// of 32, K in bfloat16 of 16.
+// `rows` rows and N columns of C = A B, or +=: sums in registers.
+template <class T, long rows>
+static inline void tile(long K, const uint32_t* a, long lda, const uint32_t* b, long ldb, float* c, long ldc, bool more) {
+    Floats sum[rows][2] = {};
+    if (more)
+        for (long r = 0; r < rows; r++)
+            for (long s = 0; s < 2; s++) sum[r][s] = load<Floats>(c + r * ldc + s * W);
+    for (long k = 0; k < K; k++) {
+        const Words left = load<Words>(b + k * ldb), right = load<Words>(b + k * ldb + W);
+        for (long r = 0; r < rows; r++) {
+            const uint32_t x = a[r * lda + k];
+            sum[r][0] = Type<T>::add(sum[r][0], x, left);
+            sum[r][1] = Type<T>::add(sum[r][1], x, right);
+        }
+    }
+    for (long r = 0; r < rows; r++)
+        for (long s = 0; s < 2; s++) store(c + r * ldc + s * W, sum[r][s]);
+}
+
+// C (m, n) = A B, or += with `more`: A (m, K) and B (K, n) in words, rows lda, ldb and ldc apart. m is even, n a multiple of N;
+// all of 32 where there are tiles (16 words).
 template <class T>
 static inline void multiply(long m, long n, long K, const void* A, long lda, const uint32_t* b, long ldb, float* c, long ldc, bool more) {
     const uint32_t* a = (const uint32_t*)A;
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#ifdef AMX
     if (sizeof(T) == 2 && TILES) return multiply_tiles(m, n, K, a, lda, b, ldb, c, ldc, more);
 #endif
-    for (long j = 0; j < n; j += N)
-        for (long i = 0; i < m; i += M) {
-            float* tile = c + i * ldc + j;
-            Floats sum[M][2] = {};
-            if (more)
-                for (long r = 0; r < M; r++)
-                    for (long s = 0; s < 2; s++) sum[r][s] = load<Floats>(tile + r * ldc + s * W);
-            for (long k = 0; k < K; k++) {
-                const Words left = load<Words>(b + k * ldb + j), right = load<Words>(b + k * ldb + j + W);
-                for (long r = 0; r < M; r++) {
-                    const uint32_t x = a[(i + r) * lda + k];
-                    sum[r][0] = Type<T>::add(sum[r][0], x, left);
-                    sum[r][1] = Type<T>::add(sum[r][1], x, right);
-                }
-            }
-            for (long r = 0; r < M; r++)
-                for (long s = 0; s < 2; s++) store(tile + r * ldc + s * W, sum[r][s]);
-        }
+    for (long j = 0; j < n; j += N) {
+        long i = 0;
+        for (; i + M <= m; i += M) tile<T, M>(K, a + i * lda, lda, b + j, ldb, c + i * ldc + j, ldc, more);
+        for (; i < m; i += 2) tile<T, 2>(K, a + i * lda, lda, b + j, ldb, c + i * ldc + j, ldc, more);
+    }
 }
 
 struct Tensor { char* data; long b, h, t; };  // (B, H, T, D) with its strides in numbers, that of D is 1
