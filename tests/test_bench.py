@@ -162,6 +162,7 @@ def test_startup_is_faster_once_compiled():
     assert result["first_s"][0] > result["cached_s"][0] > 0
 
 
+@pytest.mark.slow
 def test_muon_prints_a_table_and_one_line_of_json():
     """Both sides update the same matrices: after four updates they differ by rounding, in either type."""
     for dtype, most in (("float32", 1e-5), ("bfloat16", 0.03)):
@@ -176,6 +177,7 @@ def test_muon_prints_a_table_and_one_line_of_json():
     assert done.returncode == 2 and "rounds is 0" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_step_of_modern_against_another_preset():
     done = run(*TINY, "--preset", "gpt2-modern", "--against", "gpt2-baseline")
     assert done.returncode == 0, done.stderr
