@@ -89,61 +89,104 @@ class Step:
     B: int = 4  # sequences in the batch
     T: int = 1024  # tokens in a sequence
     vocab_size: int = 50304  # embedding rows of both models
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matmuls; auto = bfloat16 where the device has it
+    dtype: Literal["auto", "bfloat16", "float32"] = (
+        "auto"  # of the matmuls; auto = bfloat16 where the device has it
+    )
     steps: int = 10  # timed steps of each side
     warmup: int = 2  # steps of each side before the clock; the first one compiles
     device: str = "auto"  # cuda, mps or cpu; auto takes the first of these that is there
-    use_compile: bool = True  # this project's model compiled, as in training; transformers runs as it comes
+    use_compile: bool = (
+        True  # this project's model compiled, as in training; transformers runs as it comes
+    )
     compiled_baseline: bool = False  # transformers compiled, too, as a third side
     memory: bool = True  # peak memory of each side, in processes of their own
     keep_memory: bool = True  # on a CPU, all sides: freed memory kept, as train_gpt2.py does; False: malloc as it comes
     recompute: bool = False  # this project's activations computed a second time instead of kept
-    attention: Literal["auto", "flash", "cudnn", "efficient", "math"] = "auto"  # SDPA's back end, where it is used
+    attention: Literal["auto", "flash", "cudnn", "efficient", "math"] = (
+        "auto"  # SDPA's back end, where it is used
+    )
     compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"  # torch.compile's
 
 
 def step(args: Step) -> dict:
     """Both models on one random batch, with the same autocast, clipping and optimiser, and without dropout."""
     check(args)
-    sides = ["ours", "transformers", *["transformers compiled"] * args.compiled_baseline, *[args.against] * bool(args.against)]
+    sides = [
+        "ours",
+        "transformers",
+        *["transformers compiled"] * args.compiled_baseline,
+        *[args.against] * bool(args.against),
+    ]
     peak = {side: peak_memory(args, side) for side in sides} if args.memory else {}
     # transformers shifts the labels itself, which leaves it one target less in each sequence
-    ms, losses = take_turns({side: training_step(args, side)[0] for side in sides}, args.warmup, args.steps)
+    ms, losses = take_turns(
+        {side: training_step(args, side)[0] for side in sides}, args.warmup, args.steps
+    )
     tok_s = {side: 1e3 * args.B * args.T / statistics.median(values) for side, values in ms.items()}
-    print(f"\n{'one training step':24}{'tok/s':>10}{'median ms':>12}{'min':>10}{'max':>10}{'last loss':>12}{'peak GB':>10}")
+    print(
+        f"\n{'one training step':24}{'tok/s':>10}{'median ms':>12}{'min':>10}{'max':>10}{'last loss':>12}{'peak GB':>10}"
+    )
     for side, values in ms.items():
-        print(f"{side:24}{tok_s[side]:10,.0f}{statistics.median(values):12,.1f}{min(values):10,.1f}{max(values):10,.1f}"
-              f"{losses[side]:12.4f}{peak[side] / 1e9 if peak else float('nan'):10.2f}")
-    result = dict(ratio=tok_s["ours"] / tok_s["transformers"], tok_s=tok_s["ours"], baseline_tok_s=tok_s["transformers"],
-                  ours_ms=ms["ours"], baseline_ms=ms["transformers"])
+        print(
+            f"{side:24}{tok_s[side]:10,.0f}{statistics.median(values):12,.1f}{min(values):10,.1f}{max(values):10,.1f}"
+            f"{losses[side]:12.4f}{peak[side] / 1e9 if peak else float('nan'):10.2f}"
+        )
+    result = dict(
+        ratio=tok_s["ours"] / tok_s["transformers"],
+        tok_s=tok_s["ours"],
+        baseline_tok_s=tok_s["transformers"],
+        ours_ms=ms["ours"],
+        baseline_ms=ms["transformers"],
+    )
     if peak:
-        result |= dict(memory_ratio=peak["ours"] / peak["transformers"], peak=peak["ours"], baseline_peak=peak["transformers"])
+        result |= dict(
+            memory_ratio=peak["ours"] / peak["transformers"],
+            peak=peak["ours"],
+            baseline_peak=peak["transformers"],
+        )
     if args.compiled_baseline:
-        result |= dict(compiled_ratio=tok_s["ours"] / tok_s["transformers compiled"], compiled_ms=ms["transformers compiled"])
+        result |= dict(
+            compiled_ratio=tok_s["ours"] / tok_s["transformers compiled"],
+            compiled_ms=ms["transformers compiled"],
+        )
     if args.against:
-        result |= dict(against_ratio=tok_s["ours"] / tok_s[args.against], against_tok_s=tok_s[args.against], against_ms=ms[args.against])
-        print(f"{args.preset} / {args.against}: {result['against_ratio']:.2f} of the tokens a second")
+        result |= dict(
+            against_ratio=tok_s["ours"] / tok_s[args.against],
+            against_tok_s=tok_s[args.against],
+            against_ms=ms[args.against],
+        )
+        print(
+            f"{args.preset} / {args.against}: {result['against_ratio']:.2f} of the tokens a second"
+        )
     return result | used(args)
 
 
 def check(args):
     if wrong := [k for k in ("B", "T", "vocab_size", "steps", "warmup") if getattr(args, k, 1) < 1]:
-        raise UserError("; ".join(f"{k} is {getattr(args, k)}, must be at least 1" for k in wrong)
-                        + f"; hint: --{wrong[0]} 1")
+        raise UserError(
+            "; ".join(f"{k} is {getattr(args, k)}, must be at least 1" for k in wrong)
+            + f"; hint: --{wrong[0]} 1"
+        )
     for name in filter(None, (args.preset, getattr(args, "against", ""))):
         preset(name)
     if args.use_compile and (why := compile_error(pick_device(args.device))):
-        raise UserError(f"torch.compile does not work here ({why}); hint: install g++, or --use_compile False")
+        raise UserError(
+            f"torch.compile does not work here ({why}); hint: install g++, or --use_compile False"
+        )
 
 
 def used(args) -> dict:
     """The settings, with the device and type that "auto" came to."""
     device = pick_device(args.device)
-    return dataclasses.asdict(args) | dict(device=environment(device, 1)["device"],
-                                           dtype=str(autocast_dtype(device, args.dtype)).removeprefix("torch."))
+    return dataclasses.asdict(args) | dict(
+        device=environment(device, 1)["device"],
+        dtype=str(autocast_dtype(device, args.dtype)).removeprefix("torch."),
+    )
 
 
-def training_step(args: Step, side: str, wrap: Callable = lambda model: model) -> tuple[Callable[[], float], GPT]:
+def training_step(
+    args: Step, side: str, wrap: Callable = lambda model: model
+) -> tuple[Callable[[], float], GPT]:
     """A function that takes one step and returns its loss, and the model. Each side sees the same tokens.
 
     side: ours (args.preset), transformers, transformers compiled, or another preset's name.
@@ -162,11 +205,19 @@ def training_step(args: Step, side: str, wrap: Callable = lambda model: model) -
             shape["n_head"] = shape["n_embd"] // 128  # as in gpt2-modern
         switches = {name: getattr(cfg, name) for name in ("use_rope", "use_swiglu", "arch")}
         model = GPT(GPTConfig(args.T, **shape, **switches)).to(device)
-        optimizer = optim.build(dataclasses.replace(cfg, max_lr=6e-4 if cfg.optimizer == "adamw" else cfg.max_lr), model, dtype)
+        optimizer = optim.build(
+            dataclasses.replace(cfg, max_lr=6e-4 if cfg.optimizer == "adamw" else cfg.max_lr),
+            model,
+            dtype,
+        )
         model.recompute = args.recompute
         if args.use_compile and device.type == "cpu":
             speed_up(model, dtype)
-        compiled = torch.compile(model, fullgraph=True, dynamic=False, mode=args.compile_mode) if args.use_compile else model
+        compiled = (
+            torch.compile(model, fullgraph=True, dynamic=False, mode=args.compile_mode)
+            if args.use_compile
+            else model
+        )
         wrapped = wrap(compiled)
         forward = lambda: wrapped(x, y)
     else:
@@ -174,10 +225,19 @@ def training_step(args: Step, side: str, wrap: Callable = lambda model: model) -
         compiled = torch.compile(model) if side == "transformers compiled" else model
         forward = lambda: compiled(input_ids=x, labels=x).loss
         optimizer = optim.adamw(model, lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
-    backend = {"flash": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "math": "MATH"}
+    backend = {
+        "flash": "FLASH_ATTENTION",
+        "cudnn": "CUDNN_ATTENTION",
+        "efficient": "EFFICIENT_ATTENTION",
+        "math": "MATH",
+    }
 
     def run() -> float:
-        chosen = contextlib.nullcontext() if args.attention == "auto" else sdpa_kernel(SDPBackend[backend[args.attention]])
+        chosen = (
+            contextlib.nullcontext()
+            if args.attention == "auto"
+            else sdpa_kernel(SDPBackend[backend[args.attention]])
+        )
         with chosen, torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             loss = forward()
         loss.backward()
@@ -194,9 +254,17 @@ def transformers_gpt2(T: int, shape: dict) -> torch.nn.Module:
     import transformers
 
     transformers.logging.set_verbosity_error()  # it warns about its own defaults
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        n_positions=T, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation="sdpa", use_cache=False,
-        **shape)).train()
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            n_positions=T,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            attn_implementation="sdpa",
+            use_cache=False,
+            **shape,
+        )
+    ).train()
 
 
 def peak_memory(args: Step, side: str) -> int:
@@ -211,7 +279,9 @@ def measure_peak(args: Step, side: str) -> int:
         run()
     if torch.cuda.is_available() and pick_device(args.device).type == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -237,9 +307,14 @@ def sweep(args: Sweep) -> dict:
                 ms = take_turns({"ours": run}, args.warmup, args.steps)[0]["ours"]
             rates[f"{B}x{T}"] = 1e3 * B * T / statistics.median(ms)
             flops[f"{B}x{T}"] = rates[f"{B}x{T}"] * model.flops_per_token(T)
-            print(f"B {B:4} x T {T:5} | {rates[f'{B}x{T}']:10,.0f} tok/s | {flops[f'{B}x{T}'] / 1e9:10,.0f} GFLOP/s", flush=True)
+            print(
+                f"B {B:4} x T {T:5} | {rates[f'{B}x{T}']:10,.0f} tok/s | {flops[f'{B}x{T}'] / 1e9:10,.0f} GFLOP/s",
+                flush=True,
+            )
             torch._dynamo.reset()
-    return dict(ratio=min(flops.values()) / max(flops.values()), tok_s=rates, flop_s=flops) | used(args)
+    return dict(ratio=min(flops.values()) / max(flops.values()), tok_s=rates, flop_s=flops) | used(
+        args
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -249,7 +324,10 @@ KINDS = (  # names of operators and kernels, the first that fits
     ("attention", r"gpt2::attention|scaled_dot_product|flash|fmha|cudnn_generated"),
     ("matmul", r"^aten::(add|b|badd)?mm$|gemm|nvjet|cutlass|xmma"),
     ("cross-entropy", r"(cpp|triton)_.*(log_softmax|nll_loss)"),
-    ("element-wise", r"cpp_fused|triton_|CompiledFxGraph|^aten::(copy_|fill_|add|zero_|embedding|sum)"),
+    (
+        "element-wise",
+        r"cpp_fused|triton_|CompiledFxGraph|^aten::(copy_|fill_|add|zero_|embedding|sum)",
+    ),
     ("optimiser, clip", r"adam|vector_norm|foreach|^aten::mul_|lpnorm|multi_tensor"),
     ("rest", r""),
 )
@@ -282,21 +360,34 @@ def profile(args: Profile) -> dict:
     found["host gaps"] = max(0.0, wall - sum(found.values()))
     rate, copy = device_rates(device, dtype)
     c, n = model.config, sum(p.numel() for p in model.parameters())
-    floor = {"matmul": 1e3 * tokens * model.flops_per_token(0) / rate,
-             "attention": 1e3 * tokens * 6 * c.n_layer * c.n_embd * args.T / rate,  # causal: half of T
-             "optimiser, clip": 1e3 * 4 * n * 8 / copy}  # p, m, v read and written, g read twice, float32
+    floor = {
+        "matmul": 1e3 * tokens * model.flops_per_token(0) / rate,
+        "attention": 1e3 * tokens * 6 * c.n_layer * c.n_embd * args.T / rate,  # causal: half of T
+        "optimiser, clip": 1e3 * 4 * n * 8 / copy,
+    }  # p, m, v read and written, g read twice, float32
     print(f"\n{'kind':20}{'ms':>10}{'share':>10}{'floor ms':>10}")
     for kind, value in found.items():
         print(f"{kind:20}{value:10,.1f}{value / wall:10.1%}{floor.get(kind, 0):10,.1f}")
-    print(f"{'step':20}{wall:10,.1f}{'':10}{sum(floor.values()):10,.1f}   (median {statistics.median(ms):,.1f} ms unprofiled; "
-          f"matmul {rate / 1e9:,.0f} GFLOP/s, copy {copy / 1e9:,.1f} GB/s)")
-    return dict(ratio=sum(floor.values()) / statistics.median(ms), ms=found, floor_ms=floor, step_ms=ms, matmul_flop_s=rate,
-                copy_byte_s=copy) | used(args)
+    print(
+        f"{'step':20}{wall:10,.1f}{'':10}{sum(floor.values()):10,.1f}   (median {statistics.median(ms):,.1f} ms unprofiled; "
+        f"matmul {rate / 1e9:,.0f} GFLOP/s, copy {copy / 1e9:,.1f} GB/s)"
+    )
+    return dict(
+        ratio=sum(floor.values()) / statistics.median(ms),
+        ms=found,
+        floor_ms=floor,
+        step_ms=ms,
+        matmul_flop_s=rate,
+        copy_byte_s=copy,
+    ) | used(args)
 
 
 def device_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """Operations a second of (4096, 768) @ (768, 3072), and bytes a second, read and written, of a 256 MB copy: the best of 10."""
-    a, b = torch.randn(4096, 768, device=device, dtype=dtype), torch.randn(768, 3072, device=device, dtype=dtype)
+    a, b = (
+        torch.randn(4096, 768, device=device, dtype=dtype),
+        torch.randn(768, 3072, device=device, dtype=dtype),
+    )
     x = torch.ones(2**26, device=device)
     y = x.clone()
     wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
@@ -321,12 +412,38 @@ class Startup:
 
 def startup(args: Startup) -> dict:
     """ratio: first over cached."""
+
     def seconds(cache: str, logs: str) -> float:
-        command = [sys.executable, "train_gpt2.py", args.preset, "--max_steps", "1", "--log_interval", "1", "--val_tokens", "1024",
-                   "--hellaswag_limit", "0", "--n_samples", "0", "--wandb", "off", "--log_dir", logs, "--device", args.device]
+        command = [
+            sys.executable,
+            "train_gpt2.py",
+            args.preset,
+            "--max_steps",
+            "1",
+            "--log_interval",
+            "1",
+            "--val_tokens",
+            "1024",
+            "--hellaswag_limit",
+            "0",
+            "--n_samples",
+            "0",
+            "--wandb",
+            "off",
+            "--log_dir",
+            logs,
+            "--device",
+            args.device,
+        ]
         t0 = time.perf_counter()
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=Path(__file__).parent,
-                              env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}) as process:
+        with subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=Path(__file__).parent,
+            env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache},
+        ) as process:
             lines = []
             for line in process.stdout:
                 lines.append(line)
@@ -345,7 +462,12 @@ def startup(args: Startup) -> dict:
     for kind, values in times.items():
         print(f"{kind:24}{statistics.median(values):10.1f}{min(values):10.1f}{max(values):10.1f}")
     first, cached = map(statistics.median, times.values())
-    return dict(ratio=first / cached, first_s=times["first"], cached_s=times["cached"], **dataclasses.asdict(args))
+    return dict(
+        ratio=first / cached,
+        first_s=times["first"],
+        cached_s=times["cached"],
+        **dataclasses.asdict(args),
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -360,21 +482,31 @@ class Parallel(Step):
 def parallel(args: Parallel) -> dict:
     """Both kinds of step in turn in the same two processes, which wait for each other before each."""
     check(args)
-    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool,
+    ):
         both = [pool.submit(one_of_two, rank, args, f"file://{folder}/meet") for rank in range(2)]
         ms, others = (future.result() for future in both)
     ms = {side: values + others[side] for side, values in ms.items()}
     alone, together = (statistics.median(values) for values in ms.values())
     print(f"\n{'two processes':24}{'median ms':>12}{'min':>10}{'max':>10}")
     for side, values in ms.items():
-        print(f"{side:24}{statistics.median(values):12,.1f}{min(values):10,.1f}{max(values):10,.1f}")
-    return dict(ratio=alone / together, lost=1 - alone / together, alone_ms=ms["alone"], ddp_ms=ms["ddp"]) | used(args)
+        print(
+            f"{side:24}{statistics.median(values):12,.1f}{min(values):10,.1f}{max(values):10,.1f}"
+        )
+    return dict(
+        ratio=alone / together, lost=1 - alone / together, alone_ms=ms["alone"], ddp_ms=ms["ddp"]
+    ) | used(args)
 
 
 def one_of_two(rank: int, args: Parallel, meet: str) -> dict[str, list[float]]:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
-    sides = {"alone": training_step(args, "ours")[0], "ddp": training_step(args, "ours", DistributedDataParallel)[0]}
+    sides = {
+        "alone": training_step(args, "ours")[0],
+        "ddp": training_step(args, "ours", DistributedDataParallel)[0],
+    }
     ms = {side: [] for side in sides}
     for turn in range(-args.warmup, args.steps):
         for side, run in sides.items():
@@ -398,7 +530,9 @@ class Matrices:
     size: Literal["tiny", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"
     layers: int = 0  # blocks whose matrices are updated; 0 = all of that size
     rounds: int = 3  # updates of each side
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of our multiplications; auto = bfloat16 where the device has it
+    dtype: Literal["auto", "bfloat16", "float32"] = (
+        "auto"  # of our multiplications; auto = bfloat16 where the device has it
+    )
     device: str = "auto"  # cuda, mps or cpu; auto takes the first of these that is there
 
 
@@ -411,37 +545,67 @@ def muon(args: Matrices) -> dict:
     if wrong := [k for k in ("layers", "rounds") if getattr(args, k) < (k == "rounds")]:
         raise UserError(f"{wrong[0]} is {getattr(args, wrong[0])}, too few; hint: --{wrong[0]} 1")
     device, (n_layer, n_head, n_embd) = pick_device(args.device), SIZES[args.size]
-    dtype, wait = autocast_dtype(device, args.dtype), torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    dtype, wait = (
+        autocast_dtype(device, args.dtype),
+        torch.cuda.synchronize if device.type == "cuda" else (lambda: None),
+    )
     if device.type == "cpu":
         keep_freed_memory()  # as in training, and to the good of both sides
     torch.manual_seed(42)
-    model = GPT(GPTConfig(16, 128, args.layers or n_layer, n_head, n_embd, arch="modern")).to(device)  # next to no vocabulary
+    model = GPT(GPTConfig(16, 128, args.layers or n_layer, n_head, n_embd, arch="modern")).to(
+        device
+    )  # next to no vocabulary
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     split = lambda t, name: t.detach().clone().chunk(3 if "c_attn" in name else 1)
-    parts = {name: [torch.nn.Parameter(w.clone()) for w in split(p, name)] for name, p in model.h.named_parameters()}
+    parts = {
+        name: [torch.nn.Parameter(w.clone()) for w in split(p, name)]
+        for name, p in model.h.named_parameters()
+    }
     for name, p in model.h.named_parameters():
         for part, grad in zip(parts[name], split(p.grad, name)):
             part.grad = grad.clone()
     cfg = preset("gpt2-modern")
-    theirs = torch.optim.Muon([part for some in parts.values() for part in some], lr=cfg.max_lr, weight_decay=cfg.weight_decay)
+    theirs = torch.optim.Muon(
+        [part for some in parts.values() for part in some],
+        lr=cfg.max_lr,
+        weight_decay=cfg.weight_decay,
+    )
     ours = optim.build(cfg, model, dtype)
 
     def torchs():
-        in_type = contextlib.nullcontext() if dtype == torch.bfloat16 else mock.patch.object(torch.Tensor, "bfloat16", lambda x: x.clone())
+        in_type = (
+            contextlib.nullcontext()
+            if dtype == torch.bfloat16
+            else mock.patch.object(torch.Tensor, "bfloat16", lambda x: x.clone())
+        )
         with in_type:
             theirs.step()
         wait()
 
-    ms, _ = take_turns({"ours": lambda: (ours.step(), wait()) and None, "torch.optim.Muon": torchs}, 1, args.rounds)
-    print(f"\n{f'update of {len(parts) * 3 // 2:,} matrices':30}{'median ms':>12}{'min':>10}{'max':>10}")
+    ms, _ = take_turns(
+        {"ours": lambda: (ours.step(), wait()) and None, "torch.optim.Muon": torchs}, 1, args.rounds
+    )
+    print(
+        f"\n{f'update of {len(parts) * 3 // 2:,} matrices':30}{'median ms':>12}{'min':>10}{'max':>10}"
+    )
     for side, values in ms.items():
-        print(f"{side:30}{statistics.median(values):12,.1f}{min(values):10,.1f}{max(values):10,.1f}")
-    apart = max(((torch.cat([w.detach() for w in parts[name]]) - p).norm() / p.norm()).item() for name, p in model.h.named_parameters())
+        print(
+            f"{side:30}{statistics.median(values):12,.1f}{min(values):10,.1f}{max(values):10,.1f}"
+        )
+    apart = max(
+        ((torch.cat([w.detach() for w in parts[name]]) - p).norm() / p.norm()).item()
+        for name, p in model.h.named_parameters()
+    )
     print(f"largest relative difference of a matrix after all updates: {apart:.1e}")
-    return dict(ratio=statistics.median(ms["torch.optim.Muon"]) / statistics.median(ms["ours"]), ours_ms=ms["ours"],
-                baseline_ms=ms["torch.optim.Muon"], difference=apart, **dataclasses.asdict(args)
-                | dict(device=environment(device, 1)["device"], dtype=str(dtype).removeprefix("torch.")))
+    return dict(
+        ratio=statistics.median(ms["torch.optim.Muon"]) / statistics.median(ms["ours"]),
+        ours_ms=ms["ours"],
+        baseline_ms=ms["torch.optim.Muon"],
+        difference=apart,
+        **dataclasses.asdict(args)
+        | dict(device=environment(device, 1)["device"], dtype=str(dtype).removeprefix("torch.")),
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -464,19 +628,28 @@ def suite(args: Suite) -> dict:
     common = ["--device", args.device]
     step = ["step", *common, "--steps", str(args.steps)]
     big = [*step, "--memory", "False", "--compiled_baseline", "False"]
-    variants = [[*step, "--B", "64", "--compiled_baseline", "True"], [*step, "--B", "128"],
-                *([*big, "--B", "64", "--attention", kind] for kind in ("flash", "cudnn", "efficient")),
-                [*big, "--B", "64", "--compile_mode", "max-autotune-no-cudagraphs"], [*step, "--B", "64", "--recompute", "True"],
-                *([*big, "--B", "64", "--preset", name] for name in ("gpt2-rope", "gpt2-swiglu")),
-                [*big, "--B", "64", "--preset", "gpt2-modern", "--against", "gpt2-baseline"], ["muon", *common],
-                ["profile", *common, "--B", "64"], ["sweep", *common, "--steps", str(args.steps), "--Bs", "8", "16", "32", "64"],
-                ["hellaswag", *common, "--items", "1000"], ["generate", *common, "--use_compile", "True"]]
+    variants = [
+        [*step, "--B", "64", "--compiled_baseline", "True"],
+        [*step, "--B", "128"],
+        *([*big, "--B", "64", "--attention", kind] for kind in ("flash", "cudnn", "efficient")),
+        [*big, "--B", "64", "--compile_mode", "max-autotune-no-cudagraphs"],
+        [*step, "--B", "64", "--recompute", "True"],
+        *([*big, "--B", "64", "--preset", name] for name in ("gpt2-rope", "gpt2-swiglu")),
+        [*big, "--B", "64", "--preset", "gpt2-modern", "--against", "gpt2-baseline"],
+        ["muon", *common],
+        ["profile", *common, "--B", "64"],
+        ["sweep", *common, "--steps", str(args.steps), "--Bs", "8", "16", "32", "64"],
+        ["hellaswag", *common, "--items", "1000"],
+        ["generate", *common, "--use_compile", "True"],
+    ]
     name = re.sub(r"\W+", "_", environment(device, 1)["device"]).strip("_")
     Path(args.out).mkdir(parents=True, exist_ok=True)
     ratios, failed = [], ["pytest"] * bool(tests.returncode)
     for variant in variants:
         print("\n$ python bench.py", *variant, flush=True)
-        done = subprocess.run([sys.executable, "bench.py", *variant], cwd=root, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(
+            [sys.executable, "bench.py", *variant], cwd=root, stdout=subprocess.PIPE, text=True
+        )
         print(done.stdout, flush=True)
         if done.returncode:
             failed.append(" ".join(variant))
@@ -509,9 +682,13 @@ class Loader:
 def loader(args: Loader) -> dict:
     """The index: seconds to open, bytes kept. Then batches of x and y, int64 on the CPU, windows in random order."""
     if args.tokens < 10 * args.B * (args.T + 1) or args.windows < 100:
-        raise UserError(f"{args.tokens} tokens or {args.windows} windows are too few for B x T = {args.B} x {args.T}; "
-                        f"hint: --tokens {20 * args.B * args.T} --windows 1000")
-    torch.set_num_threads(1)  # what torchrun sets; for work this small a second thread is only waited for
+        raise UserError(
+            f"{args.tokens} tokens or {args.windows} windows are too few for B x T = {args.B} x {args.T}; "
+            f"hint: --tokens {20 * args.B * args.T} --windows 1000"
+        )
+    torch.set_num_threads(
+        1
+    )  # what torchrun sets; for work this small a second thread is only waited for
     with tempfile.TemporaryDirectory() as folder:
         sparse, real = os.path.join(folder, "sparse"), os.path.join(folder, "real")
         sparse_shards(sparse, [args.windows // 100 * args.T + 1] * 100)
@@ -528,7 +705,9 @@ def loader(args: Loader) -> dict:
         numbers, blocks = itertools.count(), itertools.count()
 
         def repeat(get_batch: Callable):
-            for _ in turn:  # no list of the results: a batch is dropped before the next one, as in training
+            for _ in (
+                turn
+            ):  # no list of the results: a batch is dropped before the next one, as in training
                 get_batch()
 
         def prefetched():  # ends when the batch read ahead is there, so that each turn pays for as many as it takes
@@ -539,11 +718,14 @@ def loader(args: Loader) -> dict:
             places = windows.locate(next(blocks) * shards.AHEAD + np.arange(shards.AHEAD))
             for at in range(0, args.batches * args.B, args.B):
                 at %= shards.AHEAD // args.B * args.B
-                windows.fetch(places[:, at: at + args.B], rows)
+                windows.fetch(places[:, at : at + args.B], rows)
 
-        sides = {"ours": lambda: repeat(lambda: direct.read(next(numbers))),
-                 "usual way": lambda: repeat(usual.get_batch),
-                 "ours, by the reading thread": prefetched, "ours, uint16 windows only": windows_only}
+        sides = {
+            "ours": lambda: repeat(lambda: direct.read(next(numbers))),
+            "usual way": lambda: repeat(usual.get_batch),
+            "ours, by the reading thread": prefetched,
+            "ours, uint16 windows only": windows_only,
+        }
         ms, _ = take_turns(sides, 2, args.rounds)
         ahead.close()
     amount = args.batches * args.B * args.T
@@ -551,18 +733,29 @@ def loader(args: Loader) -> dict:
     print(f"\n{f'index of {args.windows:,} windows':30}{'seconds':>12}{'MB':>12}")
     for side, (seconds, size) in index.items():
         print(f"{side:30}{seconds:12.3f}{size / 1e6:12.3f}")
-    print(f"\n{f'batches of {args.B} x {args.T} tokens':30}{'M tok/s':>12}{'slowest':>12}{'fastest':>12}")
+    print(
+        f"\n{f'batches of {args.B} x {args.T} tokens':30}{'M tok/s':>12}{'slowest':>12}{'fastest':>12}"
+    )
     for side, values in ms.items():
         speeds = tok_s[side], 1e3 * amount / max(values), 1e3 * amount / min(values)
         print(f"{side:30}" + "".join(f"{speed / 1e6:12,.0f}" for speed in speeds))
     ratios = [theirs / ours for ours, theirs in zip(ms["ours"], ms["usual way"])]
-    return dict(ratio=tok_s["ours"] / tok_s["usual way"], ratio_quartiles=statistics.quantiles(ratios, n=4),
-                memory_ratio=index["usual way"][1] / index["ours"][1], tok_s=tok_s["ours"],
-                baseline_tok_s=tok_s["usual way"], thread_tok_s=tok_s["ours, by the reading thread"],
-                windows_tok_s=tok_s["ours, uint16 windows only"], index_s=index["ours"][0],
-                baseline_index_s=index["usual way"][0], index_bytes=index["ours"][1],
-                baseline_index_bytes=index["usual way"][1], ours_ms=ms["ours"], baseline_ms=ms["usual way"],
-                **dataclasses.asdict(args))
+    return dict(
+        ratio=tok_s["ours"] / tok_s["usual way"],
+        ratio_quartiles=statistics.quantiles(ratios, n=4),
+        memory_ratio=index["usual way"][1] / index["ours"][1],
+        tok_s=tok_s["ours"],
+        baseline_tok_s=tok_s["usual way"],
+        thread_tok_s=tok_s["ours, by the reading thread"],
+        windows_tok_s=tok_s["ours, uint16 windows only"],
+        index_s=index["ours"][0],
+        baseline_index_s=index["usual way"][0],
+        index_bytes=index["ours"][1],
+        baseline_index_bytes=index["usual way"][1],
+        ours_ms=ms["ours"],
+        baseline_ms=ms["usual way"],
+        **dataclasses.asdict(args),
+    )
 
 
 def open_windows(folder: str, T: int) -> shards.Windows:
@@ -590,16 +783,20 @@ class UsualLoader:
     """The predecessor's loader with global shuffle: an array of all (shard, start), each row through a memory map."""
 
     def __init__(self, folder: str, B: int, T: int, seed: int = 1337):
-        self.maps = [np.load(os.path.join(folder, f), mmap_mode="r") for f in sorted(os.listdir(folder))]
+        self.maps = [
+            np.load(os.path.join(folder, f), mmap_mode="r") for f in sorted(os.listdir(folder))
+        ]
         starts = [np.arange((len(m) - 1) // T) * T for m in self.maps]
-        self.index = np.concatenate([np.stack([np.full_like(s, i), s], axis=1) for i, s in enumerate(starts)])
+        self.index = np.concatenate(
+            [np.stack([np.full_like(s, i), s], axis=1) for i, s in enumerate(starts)]
+        )
         np.random.default_rng(seed).shuffle(self.index)
         self.B, self.T, self.at = B, T, 0
 
     def get_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         xs, ys = [], []
-        for shard, start in self.index[self.at: self.at + self.B]:
-            row = torch.from_numpy(self.maps[shard][start: start + self.T + 1].astype(np.uint16))
+        for shard, start in self.index[self.at : self.at + self.B]:
+            row = torch.from_numpy(self.maps[shard][start : start + self.T + 1].astype(np.uint16))
             xs.append(row[:-1])
             ys.append(row[1:])
         self.at = (self.at + self.B) % (len(self.index) - self.B)
@@ -611,7 +808,9 @@ def sparse_shards(folder: str, sizes: list[int]):
     os.mkdir(folder)
     for i, n in enumerate(sizes):
         with open(os.path.join(folder, f"sparse_train_{i:06d}.npy"), "wb") as f:
-            np.lib.format.write_array_header_1_0(f, dict(descr="<u2", fortran_order=False, shape=(n,)))
+            np.lib.format.write_array_header_1_0(
+                f, dict(descr="<u2", fortran_order=False, shape=(n,))
+            )
             f.truncate(f.tell() + 2 * n)
 
 
@@ -641,7 +840,9 @@ def save(args: Save) -> dict:
     optimizer.zero_grad(set_to_none=True)
     held, waited = [], []
     with tempfile.TemporaryDirectory(dir=args.folder or None) as folder:
-        saver = checkpoint.Saver(Path(folder), 1, 0, model, optimizer, RunLog(), lambda message: None)
+        saver = checkpoint.Saver(
+            Path(folder), 1, 0, model, optimizer, RunLog(), lambda message: None
+        )
         saver.reserve()
         for step in range(0, 2 * args.rounds, 2):
             saver.wait()
@@ -656,12 +857,20 @@ def save(args: Save) -> dict:
             size = sum(f.stat().st_size for f in path.iterdir())
             checkpoint.prune(Path(folder), step + 1, 1, None)
         saver.close()
-    print(f"{'checkpoint of ' + format(size / 1e9, '.2f') + ' GB':30}{'ms':>12}{'fastest':>12}{'slowest':>12}")
+    print(
+        f"{'checkpoint of ' + format(size / 1e9, '.2f') + ' GB':30}{'ms':>12}{'fastest':>12}{'slowest':>12}"
+    )
     for side, ms in (("training held", held), ("waiting for the disk", waited)):
         print(f"{side:30}{statistics.median(ms):12,.0f}{min(ms):12,.0f}{max(ms):12,.0f}")
-    return dict(ratio=statistics.median(waited) / statistics.median(held), save_ms=statistics.median(held),
-                synchronous_ms=statistics.median(waited), ours_ms=held, baseline_ms=waited, bytes=size,
-                **dataclasses.asdict(args) | dict(device=environment(device, 1)["device"]))
+    return dict(
+        ratio=statistics.median(waited) / statistics.median(held),
+        save_ms=statistics.median(held),
+        synchronous_ms=statistics.median(waited),
+        ours_ms=held,
+        baseline_ms=waited,
+        bytes=size,
+        **dataclasses.asdict(args) | dict(device=environment(device, 1)["device"]),
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -672,12 +881,18 @@ def save(args: Save) -> dict:
 class Evaluation:
     """HellaSwag, gpt2 protocol: packed rows against one item at a time, four padded rows, all logits."""
 
-    size: Literal["tiny", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"  # of the model when none is given
-    model: str = ""  # run directory, checkpoint, or Hugging Face name or folder; random weights unless given
+    size: Literal["tiny", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = (
+        "gpt2"  # of the model when none is given
+    )
+    model: str = (
+        ""  # run directory, checkpoint, or Hugging Face name or folder; random weights unless given
+    )
     data: str = str(hellaswag.DATA)  # jsonl or jsonl.gz
     items: int = 100  # items in each turn
     rounds: int = 3  # turns of each side, each with items of its own
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matmuls; auto = bfloat16 where the device has it
+    dtype: Literal["auto", "bfloat16", "float32"] = (
+        "auto"  # of the matmuls; auto = bfloat16 where the device has it
+    )
     device: str = "auto"  # cuda, mps or cpu; auto takes the first of these that is there
 
 
@@ -687,23 +902,42 @@ def evaluation(args: Evaluation) -> dict:
     if device.type == "cpu":
         keep_freed_memory()  # for both sides
     if not Path(args.data).exists():
-        raise UserError(f"no such file: {args.data}; hint: --data FILE (python hellaswag.py fetches it)")
+        raise UserError(
+            f"no such file: {args.data}; hint: --data FILE (python hellaswag.py fetches it)"
+        )
     torch.manual_seed(1)
     n_layer, n_head, n_embd = SIZES[args.size]
-    model = generate.load(args.model) if args.model else GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd))
+    model = (
+        generate.load(args.model)
+        if args.model
+        else GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd))
+    )
     model, dtype = model.to(device), autocast_dtype(device, args.dtype)
     autocast = lambda: torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
     chosen = hellaswag.load(Path(args.data), "gpt2", args.items * args.rounds)
-    texts = [chosen.tokens[e - n: e].tolist() for n, e in zip(chosen.lengths.sum(1), chosen.lengths.sum(1).cumsum())]
-    usual = lambda part, autocast: np.array([usual_item(model, texts[4 * i: 4 * i + 4], chosen.lengths[4 * i: 4 * i + 4, 0],
-                                                        autocast) for i in range(part.start, part.stop)])
+    texts = [
+        chosen.tokens[e - n : e].tolist()
+        for n, e in zip(chosen.lengths.sum(1), chosen.lengths.sum(1).cumsum())
+    ]
+    usual = lambda part, autocast: np.array(
+        [
+            usual_item(
+                model, texts[4 * i : 4 * i + 4], chosen.lengths[4 * i : 4 * i + 4, 0], autocast
+            )
+            for i in range(part.start, part.stop)
+        ]
+    )
     ms, losses = {"ours": [], "usual way": []}, {"ours": [], "usual way": []}
     world = World(0, 1, device)
     for turn in range(-1, args.rounds):  # the first turn is the warm-up
         part = slice(max(turn, 0) * args.items, (max(turn, 0) + 1) * args.items)
         paths = slice(4 * part.start, 4 * part.stop)
-        mine = chosen._replace(tokens=np.concatenate(texts[paths]).astype(np.uint16), lengths=chosen.lengths[paths],
-                               divisors=chosen.divisors[paths], labels=chosen.labels[part])
+        mine = chosen._replace(
+            tokens=np.concatenate(texts[paths]).astype(np.uint16),
+            lengths=chosen.lengths[paths],
+            divisors=chosen.divisors[paths],
+            labels=chosen.labels[part],
+        )
         ours = hellaswag.HellaSwag(mine, model, world, autocast, compiled=True)
         for side, run in (("ours", ours.losses), ("usual way", lambda: usual(part, autocast))):
             t0 = time.perf_counter()
@@ -716,20 +950,31 @@ def evaluation(args: Evaluation) -> dict:
     other = {"other_choices": other_choices(a, b, tokens)}
     if dtype != torch.float32:  # how much of that is rounding: the usual way against itself
         exact = usual(slice(0, len(a)), contextlib.nullcontext)
-        other |= {"other_than_float32": other_choices(a, exact, tokens),
-                  "baseline_other_than_float32": other_choices(b, exact, tokens)}
+        other |= {
+            "other_than_float32": other_choices(a, exact, tokens),
+            "baseline_other_than_float32": other_choices(b, exact, tokens),
+        }
     speed = {side: 1e3 * args.items / statistics.median(values) for side, values in ms.items()}
     print(f"\n{'HellaSwag':30}{'items/s':>12}{'slowest':>12}{'fastest':>12}")
     for side, values in ms.items():
         rates = speed[side], 1e3 * args.items / max(values), 1e3 * args.items / min(values)
         print(f"{side:30}" + "".join(f"{rate:12,.1f}" for rate in rates))
-    print(f"largest difference of an ending's loss {abs(a - b).max():.1e}; of {len(a)} items, "
-          + ", ".join(f"{name}: {count}" for name, count in other.items()))
-    return dict(ratio=speed["ours"] / speed["usual way"], ratios=[u / o for o, u in zip(ms["ours"], ms["usual way"])],
-                items_s=speed["ours"], baseline_items_s=speed["usual way"], **other,
-                largest_difference=abs(a - b).max().item(), ours_ms=ms["ours"], baseline_ms=ms["usual way"],
-                **dataclasses.asdict(args) | dict(device=environment(device, 1)["device"],
-                                                  dtype=str(dtype).removeprefix("torch.")))
+    print(
+        f"largest difference of an ending's loss {abs(a - b).max():.1e}; of {len(a)} items, "
+        + ", ".join(f"{name}: {count}" for name, count in other.items())
+    )
+    return dict(
+        ratio=speed["ours"] / speed["usual way"],
+        ratios=[u / o for o, u in zip(ms["ours"], ms["usual way"])],
+        items_s=speed["ours"],
+        baseline_items_s=speed["usual way"],
+        **other,
+        largest_difference=abs(a - b).max().item(),
+        ours_ms=ms["ours"],
+        baseline_ms=ms["usual way"],
+        **dataclasses.asdict(args)
+        | dict(device=environment(device, 1)["device"], dtype=str(dtype).removeprefix("torch.")),
+    )
 
 
 def other_choices(a: np.ndarray, b: np.ndarray, tokens: np.ndarray) -> int:
@@ -748,11 +993,16 @@ def usual_item(model, texts: list[list[int]], contexts: np.ndarray, autocast) ->
     ids, scored = torch.zeros(4, T, dtype=torch.long), torch.zeros(4, T)
     for row, (text, n) in enumerate(zip(texts, contexts)):
         ids[row, : len(text)] = torch.tensor(text)
-        scored[row, n: len(text)] = 1
-    ids, scored = ids.to(next(model.parameters()).device), scored.to(next(model.parameters()).device)
+        scored[row, n : len(text)] = 1
+    ids, scored = (
+        ids.to(next(model.parameters()).device),
+        scored.to(next(model.parameters()).device),
+    )
     with autocast():
         logits = model(ids)
-    nats = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(4, -1)
+    nats = F.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+    ).view(4, -1)
     return (nats * scored[:, 1:]).sum(1).tolist()
 
 
@@ -775,10 +1025,17 @@ def preparation(args: Preparation) -> dict:
     of its own that does what ours does; it has no children.
     """
     if args.rounds < 1 or not os.path.isfile(args.data):
-        raise UserError(f"rounds is {args.rounds}, data {args.data!r}; hint: at least 1, and a file that is there")
+        raise UserError(
+            f"rounds is {args.rounds}, data {args.data!r}; hint: at least 1, and a file that is there"
+        )
     memory, cores = preparation_memory(args.data), os.cpu_count()
     with prepare.progress(0) as bar:
-        documents = [text for _, text in prepare.read_documents(args.data, "text", dict(documents=0, empty=0), bar)]
+        documents = [
+            text
+            for _, text in prepare.read_documents(
+                args.data, "text", dict(documents=0, empty=0), bar
+            )
+        ]
     gpt2 = tokenizer.gpt2()
 
     def ours() -> int:
@@ -786,12 +1043,20 @@ def preparation(args: Preparation) -> dict:
             prepare.files((args.data,), folder)
             return sum(shard["tokens"] for shard in shards.read_manifest(folder)["shards"])
 
-    sides = {"prepare.py files": ours,
-             "encode_ordinary_batch alone": lambda: sum(map(len, gpt2.encode_ordinary_batch(documents, num_threads=cores))),
-             "per-document loop": lambda: usual_preparation(documents, cores)}
+    sides = {
+        "prepare.py files": ours,
+        "encode_ordinary_batch alone": lambda: sum(
+            map(len, gpt2.encode_ordinary_batch(documents, num_threads=cores))
+        ),
+        "per-document loop": lambda: usual_preparation(documents, cores),
+    }
     ms, tokens = take_turns(sides, 1, args.rounds)
     count = tokens["prepare.py files"]
-    if not count == tokens["per-document loop"] == tokens["encode_ordinary_batch alone"] + len(documents):
+    if (
+        not count
+        == tokens["per-document loop"]
+        == tokens["encode_ordinary_batch alone"] + len(documents)
+    ):
         raise RuntimeError(f"the sides differ in tokens: {tokens}, documents: {len(documents)}")
     tok_s = {side: 1e3 * count / statistics.median(values) for side, values in ms.items()}
     print(f"\n{f'{count:,} tokens':30}{'M tok/s':>12}{'slowest':>12}{'fastest':>12}")
@@ -800,25 +1065,43 @@ def preparation(args: Preparation) -> dict:
         print(f"{side:30}" + "".join(f"{speed / 1e6:12.2f}" for speed in speeds))
     print(f"peak memory of prepare.py files: {memory / 1e6:,.0f} MB")
     mine, batch, loop = ms.values()
-    return dict(ratio=tok_s["prepare.py files"] / tok_s["per-document loop"],
-                batch_ratio=tok_s["prepare.py files"] / tok_s["encode_ordinary_batch alone"],
-                ratios=[b / a for a, b in zip(mine, loop)], batch_ratios=[b / a for a, b in zip(mine, batch)],
-                tok_s=tok_s["prepare.py files"], baseline_tok_s=tok_s["per-document loop"],
-                batch_tok_s=tok_s["encode_ordinary_batch alone"], peak_bytes=memory, ours_ms=mine, baseline_ms=loop,
-                batch_ms=batch, tokens=count, cores=cores, **dataclasses.asdict(args))
+    return dict(
+        ratio=tok_s["prepare.py files"] / tok_s["per-document loop"],
+        batch_ratio=tok_s["prepare.py files"] / tok_s["encode_ordinary_batch alone"],
+        ratios=[b / a for a, b in zip(mine, loop)],
+        batch_ratios=[b / a for a, b in zip(mine, batch)],
+        tok_s=tok_s["prepare.py files"],
+        baseline_tok_s=tok_s["per-document loop"],
+        batch_tok_s=tok_s["encode_ordinary_batch alone"],
+        peak_bytes=memory,
+        ours_ms=mine,
+        baseline_ms=loop,
+        batch_ms=batch,
+        tokens=count,
+        cores=cores,
+        **dataclasses.asdict(args),
+    )
 
 
 def preparation_memory(data: str) -> int:
     """Bytes that a fresh process holds at most when it prepares a file (Linux: VmHWM; 0 elsewhere)."""
-    code = ("import re, sys, prepare; prepare.files((sys.argv[1],), sys.argv[2]); "
-            "print(re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1])")
+    code = (
+        "import re, sys, prepare; prepare.files((sys.argv[1],), sys.argv[2]); "
+        "print(re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1])"
+    )
     if not os.path.exists("/proc/self/status"):
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run([sys.executable, "-c", code, os.path.abspath(data), folder], capture_output=True, text=True,
-                              cwd=Path(__file__).parent)
+        done = subprocess.run(
+            [sys.executable, "-c", code, os.path.abspath(data), folder],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parent,
+        )
     if done.returncode:
-        raise UserError(f"{data}: {(done.stderr.strip() or 'no message').splitlines()[-1]}; hint: --data another file")
+        raise UserError(
+            f"{data}: {(done.stderr.strip() or 'no message').splitlines()[-1]}; hint: --data another file"
+        )
     return 1024 * int(done.stdout.split()[-1])
 
 
@@ -827,7 +1110,7 @@ def usual_tokens(document: str) -> np.ndarray:
     tokens = [tokenizer.EOT]
     tokens.extend(tokenizer.gpt2().encode_ordinary(document))
     tokens = np.array(tokens)
-    assert (0 <= tokens).all() and (tokens < 2**16).all()
+    assert (tokens >= 0).all() and (tokens < 2**16).all()
     return tokens.astype(np.uint16)
 
 
@@ -836,7 +1119,7 @@ def usual_preparation(documents: list[str], processes: int) -> int:
     shard, count = np.empty(sum(map(len, documents)) + len(documents), np.uint16), 0
     with multiprocessing.Pool(processes) as pool, tempfile.TemporaryDirectory() as folder:
         for tokens in pool.imap(usual_tokens, documents, chunksize=16):
-            shard[count: count + len(tokens)] = tokens
+            shard[count : count + len(tokens)] = tokens
             count += len(tokens)
         np.save(os.path.join(folder, "shard"), shard[:count])
     return count
@@ -850,7 +1133,9 @@ def usual_preparation(documents: list[str], processes: int) -> int:
 class Generation:
     """Greedy decoding with a KV cache against transformers.generate, each in all its types; int8 weights for one row."""
 
-    size: Literal["tiny", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"  # of both models, random weights
+    size: Literal["tiny", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = (
+        "gpt2"  # of both models, random weights
+    )
     model: str = ""  # run directory, checkpoint, or Hugging Face name or folder with learned positions, for both sides
     batches: tuple[int, ...] = (1, 16)  # rows decoded together
     # of transformers' weights and cache; default: both where the device multiplies bfloat16, float32 elsewhere (bfloat16 is
@@ -866,24 +1151,48 @@ class Generation:
 @torch.no_grad()
 def generation(args: Generation) -> dict:
     """Tokens per second of both, and of the floor: the bytes of the weights over the memory's speed of reading."""
-    if wrong := [k for k in ("prompt_tokens", "new_tokens", "rounds") if getattr(args, k) < 1] + \
-            ["batches"] * (not args.batches or min(args.batches) < 1):
-        raise UserError("; ".join(f"{k} is {getattr(args, k)}, must be at least 1" for k in wrong) + f"; hint: --{wrong[0]} 1")
+    if wrong := [k for k in ("prompt_tokens", "new_tokens", "rounds") if getattr(args, k) < 1] + [
+        "batches"
+    ] * (not args.batches or min(args.batches) < 1):
+        raise UserError(
+            "; ".join(f"{k} is {getattr(args, k)}, must be at least 1" for k in wrong)
+            + f"; hint: --{wrong[0]} 1"
+        )
     device = pick_device(args.device)
     torch.manual_seed(42)
     n_layer, n_head, n_embd = SIZES[args.size]
-    model = generate.load(args.model) if args.model else GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd))
+    model = (
+        generate.load(args.model)
+        if args.model
+        else GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd))
+    )
     theirs, gb_s = as_transformers(model), read_speed(device)
     names = ["float32", "bfloat16", *["int8"] * (device.type == "cpu" and not args.use_compile)]
-    their_names = args.dtypes or ("float32", *["bfloat16"] * (autocast_dtype(device, "auto") == torch.bfloat16))
-    models = {("ours", name): generate.of_type(copy.deepcopy(model), name, device, not args.use_compile) for name in names}
-    models |= {("transformers", name): copy.deepcopy(theirs).to(device, getattr(torch, name)) for name in their_names}
-    step = torch.compile(generate.decode, fullgraph=True, dynamic=False) if args.use_compile else generate.decode
+    their_names = args.dtypes or (
+        "float32",
+        *["bfloat16"] * (autocast_dtype(device, "auto") == torch.bfloat16),
+    )
+    models = {
+        ("ours", name): generate.of_type(copy.deepcopy(model), name, device, not args.use_compile)
+        for name in names
+    }
+    models |= {
+        ("transformers", name): copy.deepcopy(theirs).to(device, getattr(torch, name))
+        for name in their_names
+    }
+    step = (
+        torch.compile(generate.decode, fullgraph=True, dynamic=False)
+        if args.use_compile
+        else generate.decode
+    )
     tok_s, spread, floors, tokens = {}, {}, {}, {}
     for B in args.batches:
         ids = torch.randint(tokenizer.N_VOCAB, (B, args.prompt_tokens), device=device)
-        sides = {" ".join(key): partial(continuation, m, ids, args.new_tokens, step) for key, m in models.items()
-                 if B == 1 or key[1] != "int8"}
+        sides = {
+            " ".join(key): partial(continuation, m, ids, args.new_tokens, step)
+            for key, m in models.items()
+            if B == 1 or key[1] != "int8"
+        }
         for run in sides.values():
             run(steps=3)  # compiles, and makes what is made once
         ms, found = take_turns(sides, 0, args.rounds)
@@ -892,42 +1201,88 @@ def generation(args: Generation) -> dict:
             tok_s[key], spread[key] = 1e3 * B * args.new_tokens / statistics.median(values), values
             floors[key] = B * gb_s * 1e9 / bytes_read(weights)
             tokens[key] = torch.tensor(found[side])
-    print(f"\n{'generation':36}{'tok/s':>10}{'slowest':>10}{'fastest':>10}{'floor':>10}{'share':>8}")
+    print(
+        f"\n{'generation':36}{'tok/s':>10}{'slowest':>10}{'fastest':>10}{'floor':>10}{'share':>8}"
+    )
     for key, values in spread.items():
-        rates = (1e3 * tokens[key].numel() / t for t in (statistics.median(values), max(values), min(values)))
-        print(f"{key:36}" + "".join(f"{rate:10,.1f}" for rate in rates) + f"{floors[key]:10,.1f}{tok_s[key] / floors[key]:8.0%}")
+        rates = (
+            1e3 * tokens[key].numel() / t
+            for t in (statistics.median(values), max(values), min(values))
+        )
+        print(
+            f"{key:36}"
+            + "".join(f"{rate:10,.1f}" for rate in rates)
+            + f"{floors[key]:10,.1f}{tok_s[key] / floors[key]:8.0%}"
+        )
     print(f"floor: weights read once a token at {gb_s:.1f} GB/s, measured")
-    best = lambda side, B: max(v for k, v in tok_s.items() if k.startswith(side) and k.endswith(f"batch {B}")
-                               and "int8" not in k)
-    same = {f"batch {B}": (tokens[f"ours float32, batch {B}"] == tokens[f"transformers float32, batch {B}"]).float().mean().item()
-            for B in args.batches if "float32" in their_names}
+    best = lambda side, B: max(
+        v
+        for k, v in tok_s.items()
+        if k.startswith(side) and k.endswith(f"batch {B}") and "int8" not in k
+    )
+    same = {
+        f"batch {B}": (
+            tokens[f"ours float32, batch {B}"] == tokens[f"transformers float32, batch {B}"]
+        )
+        .float()
+        .mean()
+        .item()
+        for B in args.batches
+        if "float32" in their_names
+    }
     ratios = {f"batch{B}_ratio": best("ours", B) / best("transformers", B) for B in args.batches}
     if "ours int8, batch 1" in tok_s:
         ratios["int8_ratio"] = tok_s["ours int8, batch 1"] / best("transformers", 1)
-    return dict(ratio=min(ratios.values()), **ratios, deviation=deviations(model, models, device),
-                same_tokens=same, tok_s=tok_s, floor_tok_s=floors,
-                read_gb_s=gb_s, ms=spread, **dataclasses.asdict(args) | dict(device=environment(device, 1)["device"]))
+    return dict(
+        ratio=min(ratios.values()),
+        **ratios,
+        deviation=deviations(model, models, device),
+        same_tokens=same,
+        tok_s=tok_s,
+        floor_tok_s=floors,
+        read_gb_s=gb_s,
+        ms=spread,
+        **dataclasses.asdict(args) | dict(device=environment(device, 1)["device"]),
+    )
 
 
-def continuation(model, ids: torch.Tensor, new_tokens: int, step: Callable, steps: int | None = None) -> list[list[int]]:
+def continuation(
+    model, ids: torch.Tensor, new_tokens: int, step: Callable, steps: int | None = None
+) -> list[list[int]]:
     """Greedy tokens that follow ids (B, T), a list for each of new_tokens steps (or the first `steps` of them)."""
     if isinstance(model, GPT):
-        rows = generate.tokens(model, ids.tolist(), 1, new_tokens, generate.Sampling(temperature=0), step)
+        rows = generate.tokens(
+            model, ids.tolist(), 1, new_tokens, generate.Sampling(temperature=0), step
+        )
         return list(itertools.islice(rows, steps))
     new_tokens = steps or new_tokens
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, use_cache=True, pad_token_id=0,
-                         max_new_tokens=new_tokens, min_new_tokens=new_tokens)
-    return out[:, ids.shape[1]:].t().tolist()
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=0,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+    )
+    return out[:, ids.shape[1] :].t().tolist()
 
 
 def as_transformers(model: GPT) -> torch.nn.Module:
     """transformers' GPT-2 with the same weights. Raises UserError for what it does not compute."""
     c = model.config
     if c.use_rope or c.use_swiglu:
-        raise UserError("transformers has no such model to compare with; hint: --model with learned positions and GELU")
-    theirs = transformers_gpt2(c.block_size, dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
-                                                  vocab_size=c.vocab_size)).eval()
-    weights = {f"transformer.{k}": w.t() if w.dim() == 2 and k.startswith("h.") else w for k, w in model.state_dict().items()}
+        raise UserError(
+            "transformers has no such model to compare with; hint: --model with learned positions and GELU"
+        )
+    theirs = transformers_gpt2(
+        c.block_size,
+        dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, vocab_size=c.vocab_size),
+    ).eval()
+    weights = {
+        f"transformer.{k}": w.t() if w.dim() == 2 and k.startswith("h.") else w
+        for k, w in model.state_dict().items()
+    }
     theirs.load_state_dict(weights | {"lm_head.weight": model.wte.weight})
     theirs.generation_config.eos_token_id = None
     return theirs
@@ -956,14 +1311,21 @@ def bytes_read(model: torch.nn.Module) -> int:
 
 def deviations(model: GPT, models: dict, device: torch.device) -> dict:
     """Of each of our types against float32, on one greedy text of its own: largest difference of a logit beside their standard
-    deviation, and the share of positions where both prefer the same token."""
-    ids, result = torch.randint(tokenizer.N_VOCAB, (1, min(512, model.config.block_size)), device=device), {}
-    expected = model.to(device)(ids)[..., :tokenizer.N_VOCAB]
+    deviation, and the share of positions where both prefer the same token.
+    """
+    ids, result = (
+        torch.randint(tokenizer.N_VOCAB, (1, min(512, model.config.block_size)), device=device),
+        {},
+    )
+    expected = model.to(device)(ids)[..., : tokenizer.N_VOCAB]
     for (side, name), m in models.items():
         if side == "ours" and name != "float32":
-            logits = m(ids)[..., :tokenizer.N_VOCAB].float()
-            result[name] = dict(largest=(logits - expected).abs().max().item(), std=expected.std().item(),
-                                same_token=(logits.argmax(-1) == expected.argmax(-1)).float().mean().item())
+            logits = m(ids)[..., : tokenizer.N_VOCAB].float()
+            result[name] = dict(
+                largest=(logits - expected).abs().max().item(),
+                std=expected.std().item(),
+                same_token=(logits.argmax(-1) == expected.argmax(-1)).float().mean().item(),
+            )
     return result
 
 
@@ -971,7 +1333,9 @@ def deviations(model: GPT, models: dict, device: torch.device) -> dict:
 # what all parts share
 
 
-def take_turns(sides: dict[str, Callable], warmup: int, rounds: int) -> tuple[dict[str, list[float]], dict]:
+def take_turns(
+    sides: dict[str, Callable], warmup: int, rounds: int
+) -> tuple[dict[str, list[float]], dict]:
     """Milliseconds of each side's calls, A B A B, after warm-up, and what each returned last.
 
     A call must not return before the device has done its work.
@@ -990,19 +1354,37 @@ def take_turns(sides: dict[str, Callable], warmup: int, rounds: int) -> tuple[di
     return ms, last
 
 
-PARTS = {"step": (Step, step), "sweep": (Sweep, sweep), "profile": (Profile, profile), "startup": (Startup, startup),
-         "ddp": (Parallel, parallel), "muon": (Matrices, muon), "loader": (Loader, loader), "save": (Save, save),
-         "hellaswag": (Evaluation, evaluation), "generate": (Generation, generation),
-         "prepare": (Preparation, preparation), "suite": (Suite, suite)}
+PARTS = {
+    "step": (Step, step),
+    "sweep": (Sweep, sweep),
+    "profile": (Profile, profile),
+    "startup": (Startup, startup),
+    "ddp": (Parallel, parallel),
+    "muon": (Matrices, muon),
+    "loader": (Loader, loader),
+    "save": (Save, save),
+    "hellaswag": (Evaluation, evaluation),
+    "generate": (Generation, generation),
+    "prepare": (Preparation, preparation),
+    "suite": (Suite, suite),
+}
 
 
 def main():
     settings = {name: kind for name, (kind, _) in PARTS.items()}
-    args = tyro.extras.subcommand_cli_from_dict(settings, description=__doc__.split("\n")[0], use_underscores=True,
-                                                config=(tyro.conf.FlagConversionOff,))
+    args = tyro.extras.subcommand_cli_from_dict(
+        settings,
+        description=__doc__.split("\n")[0],
+        use_underscores=True,
+        config=(tyro.conf.FlagConversionOff,),
+    )
     part, run = next((name, run) for name, (kind, run) in PARTS.items() if kind is type(args))
-    versions = dict(torch=torch.__version__, transformers=version("transformers"), cuda=torch.version.cuda,
-                    cudnn=torch.backends.cudnn.version() if torch.cuda.is_available() else None)
+    versions = dict(
+        torch=torch.__version__,
+        transformers=version("transformers"),
+        cuda=torch.version.cuda,
+        cudnn=torch.backends.cudnn.version() if torch.cuda.is_available() else None,
+    )
     print(json.dumps(dict(part=part, **run(args), **versions, threads=torch.get_num_threads())))
 
 

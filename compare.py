@@ -19,10 +19,22 @@ from config import TrainConfig, UserError, one_line
 from runlog import read_metrics, say
 
 # Okabe and Ito 2008: told apart with any colour vision. A preset has its colour in every picture; its T = 2048 is dashed.
-COLOURS = {"gpt2-baseline": "#E69F00", "gpt2-periodicity-fix": "#CC79A7", "gpt2-lr-inc": "#999999", "gpt2-global-datafix": "#56B4E9",
-           "gpt2-rope": "#0072B2", "gpt2-swiglu": "#009E73", "gpt2-modern": "#D55E00", "shakespeare": "#000000"}
+COLOURS = {
+    "gpt2-baseline": "#E69F00",
+    "gpt2-periodicity-fix": "#CC79A7",
+    "gpt2-lr-inc": "#999999",
+    "gpt2-global-datafix": "#56B4E9",
+    "gpt2-rope": "#0072B2",
+    "gpt2-swiglu": "#009E73",
+    "gpt2-modern": "#D55E00",
+    "shakespeare": "#000000",
+}
 OTHER = "#555555"
-AXES = {"step": "step (optimiser updates)", "tokens": "training tokens (millions)", "time": "training time (minutes, steps alone)"}
+AXES = {
+    "step": "step (optimiser updates)",
+    "tokens": "training tokens (millions)",
+    "time": "training time (minutes, steps alone)",
+}
 
 
 @dataclasses.dataclass
@@ -44,35 +56,61 @@ class Run:
 def read(run_dir: str, x: str) -> Run:
     """Raises UserError for a directory without a run, or a run without an evaluation."""
     try:
-        cfg = dataclasses.asdict(TrainConfig()) | json.loads(Path(run_dir, "config.json").read_text())
+        cfg = dataclasses.asdict(TrainConfig()) | json.loads(
+            Path(run_dir, "config.json").read_text()
+        )
         records = read_metrics(Path(run_dir))
     except (OSError, ValueError) as e:
-        raise UserError(f"{run_dir} is not a run ({one_line(e)}); hint: a directory in log/ with config.json and metrics.jsonl")
+        raise UserError(
+            f"{run_dir} is not a run ({one_line(e)}); hint: a directory in log/ with config.json and metrics.jsonl"
+        )
     steps = [r for r in records if r.get("train/loss") is not None]
     evaluations = [r for r in records if "val/loss" in r]
     if not steps or not evaluations:
-        raise UserError(f"{run_dir} has {len(steps)} steps and {len(evaluations)} evaluations so far; hint: at least one of each")
+        raise UserError(
+            f"{run_dir} has {len(steps)} steps and {len(evaluations)} evaluations so far; hint: at least one of each"
+        )
     minutes = np.cumsum([0.0, *(r["dt_ms"] / 60e3 for r in steps)])
-    at = {"step": lambda step: step, "tokens": lambda step: step * cfg["total_batch"] / 1e6,
-          "time": lambda step: np.interp(step, [0, *(r["step"] for r in steps)], minutes)}[x]
+    at = {
+        "step": lambda step: step,
+        "tokens": lambda step: step * cfg["total_batch"] / 1e6,
+        "time": lambda step: np.interp(step, [0, *(r["step"] for r in steps)], minutes),
+    }[x]
     points = lambda rows, key: np.array([(at(r["step"]), r[key]) for r in rows], float)
-    return Run(Path(run_dir).name, cfg, points(steps, "train/loss"), points(evaluations, "val/loss"), evaluations[-1],
-               statistics.median(r["tok_s"] for r in steps))
+    return Run(
+        Path(run_dir).name,
+        cfg,
+        points(steps, "train/loss"),
+        points(evaluations, "val/loss"),
+        evaluations[-1],
+        statistics.median(r["tok_s"] for r in steps),
+    )
 
 
 def grouped(runs: list[Run]) -> dict[str, list[Run]]:
     """Runs with the same decisive settings but for the seeds, under their preset's name and what tells them from others."""
-    decisive = [f.name for f in dataclasses.fields(TrainConfig) if f.name not in FREE_ON_RESUME | {"seed", "data_seed"}]
+    decisive = [
+        f.name
+        for f in dataclasses.fields(TrainConfig)
+        if f.name not in FREE_ON_RESUME | {"seed", "data_seed"}
+    ]
     key = lambda run: json.dumps([run.cfg[name] for name in decisive])
     groups = {}
     for run in runs:
         groups.setdefault(key(run), []).append(run)
     named = {}
     for group in groups.values():
-        cfg, siblings = group[0].cfg, [g[0].cfg for g in groups.values() if g[0].cfg["preset"] == group[0].cfg["preset"]]
-        derived = {"min_lr", "embed_lr", "head_lr"} if len({s["max_lr"] for s in siblings}) > 1 else set()
+        cfg, siblings = (
+            group[0].cfg,
+            [g[0].cfg for g in groups.values() if g[0].cfg["preset"] == group[0].cfg["preset"]],
+        )
+        derived = (
+            {"min_lr", "embed_lr", "head_lr"} if len({s["max_lr"] for s in siblings}) > 1 else set()
+        )
         differ = [n for n in decisive if n not in derived and any(s[n] != cfg[n] for s in siblings)]
-        shown = (f"{n} {cfg[n]:.3g}" if isinstance(cfg[n], float) else f"{n} {cfg[n]}" for n in differ)
+        shown = (
+            f"{n} {cfg[n]:.3g}" if isinstance(cfg[n], float) else f"{n} {cfg[n]}" for n in differ
+        )
         named[" ".join([cfg["preset"], *shown])] = group
     return named
 
@@ -86,7 +124,10 @@ def pooled(groups: list[list[Run]]) -> float | None:
     several = [losses(g) for g in groups if len(g) > 1]
     if not several:
         return None
-    return (sum(statistics.variance(g) * (len(g) - 1) for g in several) / sum(len(g) - 1 for g in several)) ** 0.5
+    return (
+        sum(statistics.variance(g) * (len(g) - 1) for g in several)
+        / sum(len(g) - 1 for g in several)
+    ) ** 0.5
 
 
 def table(groups: dict[str, list[Run]], s: float | None) -> str:
@@ -97,23 +138,43 @@ def table(groups: dict[str, list[Run]], s: float | None) -> str:
         spread = f" ± {statistics.stdev(losses(group)):.4f}" if n > 1 else ""
         hella = [run.last for run in group if run.last.get("val/hella_norm") is not None]
         # the items are the same ones for all seeds: their standard error does not shrink with seeds
-        score = (f"{statistics.mean(r['val/hella_norm'] for r in hella):.4f} ± {statistics.mean(r['val/hella_se'] for r in hella):.4f}"
-                 if hella else "-")
-        away = ("" if not rows else f"{mean - first:+.4f}" + (" (one seed each)" if s is None else
-                " no difference" if abs(mean - first) <= 2 * s else f" ({abs(mean - first) / s:.1f} s)" if s else ""))
-        rows.append(f"| {name} | {n if n > 1 else 'one'} | {group[0].tokens:,} | {mean:.4f}{spread} | {away} | {score} | "
-                    f"{statistics.median(run.tok_s for run in group):,.0f} |")
+        score = (
+            f"{statistics.mean(r['val/hella_norm'] for r in hella):.4f} ± {statistics.mean(r['val/hella_se'] for r in hella):.4f}"
+            if hella
+            else "-"
+        )
+        away = (
+            ""
+            if not rows
+            else f"{mean - first:+.4f}"
+            + (
+                " (one seed each)"
+                if s is None
+                else " no difference"
+                if abs(mean - first) <= 2 * s
+                else f" ({abs(mean - first) / s:.1f} s)"
+                if s
+                else ""
+            )
+        )
+        rows.append(
+            f"| {name} | {n if n > 1 else 'one'} | {group[0].tokens:,} | {mean:.4f}{spread} | {away} | {score} | "
+            f"{statistics.median(run.tok_s for run in group):,.0f} |"
+        )
     head = "| run | seeds | tokens | val loss, final (mean ± sd) | to the first | HellaSwag ± se | tok/s |\n|---|---|---|---|---|---|---|"
     return "\n".join([head, *rows])
 
 
 def outside(run: Run, reference: Run, s: float | None, band: float) -> str | None:
     """Where a run's validation loss first leaves the band of a reference run: its loss at the same x, interpolated, give or
-    take `band` of it, or 2 s where that is more. None where it stays inside."""
+    take `band` of it, or 2 s where that is more. None where it stays inside.
+    """
     for x, loss in run.val:
         if x <= reference.val[-1, 0]:
             expected = np.interp(x, *reference.val.T)
-            if not abs(loss - expected) <= (width := max(band * expected, 2 * (s or 0))):  # no number is outside, too
+            if not abs(loss - expected) <= (
+                width := max(band * expected, 2 * (s or 0))
+            ):  # no number is outside, too
                 return f"{run.name} leaves the band of {reference.name}: {loss:.4f} at {x:g}, expected {expected:.4f} ± {width:.4f}"
     return None
 
@@ -121,26 +182,54 @@ def outside(run: Run, reference: Run, s: float | None, band: float) -> str | Non
 def picture(groups: dict[str, list[Run]], x: str, out: str):
     """Left: training loss, smoothed, and validation loss, the mean over seeds. Right: final losses, seed by seed."""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    fig, (left, right) = plt.subplots(1, 2, figsize=(13, 5), width_ratios=(3, 2), layout="constrained")
+
+    fig, (left, right) = plt.subplots(
+        1, 2, figsize=(13, 5), width_ratios=(3, 2), layout="constrained"
+    )
     for row, (name, group) in enumerate(groups.items()):
         preset = group[0].cfg["preset"]
-        style = dict(color=COLOURS.get(preset.removesuffix("-t2048"), OTHER), linestyle="--" if preset.endswith("-t2048") else "-")
+        style = dict(
+            color=COLOURS.get(preset.removesuffix("-t2048"), OTHER),
+            linestyle="--" if preset.endswith("-t2048") else "-",
+        )
         for run in group:
             n = max(1, len(run.train) // 25)
             smooth = np.convolve(run.train[:, 1], np.ones(n) / n, "valid")
-            left.plot(run.train[n - 1:, 0], smooth, **style, linewidth=0.7, alpha=0.5)
-            right.plot(run.last["val/loss"], row, "o", color=style["color"], markersize=5, alpha=0.7)
+            left.plot(run.train[n - 1 :, 0], smooth, **style, linewidth=0.7, alpha=0.5)
+            right.plot(
+                run.last["val/loss"], row, "o", color=style["color"], markersize=5, alpha=0.7
+            )
         m = min(len(run.val) for run in group)
-        left.plot(group[0].val[:m, 0], np.mean([run.val[:m, 1] for run in group], axis=0), **style, marker="o", markersize=3,
-                  label=name)
-        right.plot([statistics.mean(losses(group))] * 2, [row - 0.35, row + 0.35], color=style["color"], linewidth=2)
+        left.plot(
+            group[0].val[:m, 0],
+            np.mean([run.val[:m, 1] for run in group], axis=0),
+            **style,
+            marker="o",
+            markersize=3,
+            label=name,
+        )
+        right.plot(
+            [statistics.mean(losses(group))] * 2,
+            [row - 0.35, row + 0.35],
+            color=style["color"],
+            linewidth=2,
+        )
     final = [loss for group in groups.values() for loss in losses(group)]
-    left.set(xlabel=AXES[x], ylabel="loss (nats per token)", ylim=(min(final) - 0.2, min(final) + 3),
-             title="validation loss (points), training loss (thin)")
+    left.set(
+        xlabel=AXES[x],
+        ylabel="loss (nats per token)",
+        ylim=(min(final) - 0.2, min(final) + 3),
+        title="validation loss (points), training loss (thin)",
+    )
     left.legend(frameon=False, fontsize=7)
-    right.set(xlabel="final validation loss (nats per token)", yticks=range(len(groups)), title="each seed, and the mean (bar)")
+    right.set(
+        xlabel="final validation loss (nats per token)",
+        yticks=range(len(groups)),
+        title="each seed, and the mean (bar)",
+    )
     right.set_yticklabels(list(groups), fontsize=7)
     right.invert_yaxis()
     for ax in (left, right):
@@ -150,8 +239,13 @@ def picture(groups: dict[str, list[Run]], x: str, out: str):
     plt.close(fig)
 
 
-def main(runs: tyro.conf.Positional[tuple[str, ...]], x: Literal["step", "tokens", "time"] = "step", out: str = "compare.png",
-         reference: str = "", band: float = 0.02):
+def main(
+    runs: tyro.conf.Positional[tuple[str, ...]],
+    x: Literal["step", "tokens", "time"] = "step",
+    out: str = "compare.png",
+    reference: str = "",
+    band: float = 0.02,
+):
     """One table and one picture of any runs; those that differ in their seeds alone are grouped.
 
     Args:
@@ -166,8 +260,11 @@ def main(runs: tyro.conf.Positional[tuple[str, ...]], x: Literal["step", "tokens
     groups = grouped([read(run, x) for run in dict.fromkeys(runs)])
     s = pooled(list(groups.values()))
     print(table(groups, s))
-    print("s: not known, no settings were run with two seeds" if s is None else
-          f"s = {s:.4f}: standard deviation of one run within its group, pooled; no difference: within 2 s")
+    print(
+        "s: not known, no settings were run with two seeds"
+        if s is None
+        else f"s = {s:.4f}: standard deviation of one run within its group, pooled; no difference: within 2 s"
+    )
     if reference:
         expected = read(reference, x)
         for run in (run for group in groups.values() for run in group):

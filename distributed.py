@@ -28,16 +28,24 @@ class World(NamedTuple):
 
 def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
     """cuda, mps or cpu; "auto" takes the first that is there. Raises UserError when the wanted one is not."""
-    there = [("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()), ("cpu", True)]
+    there = [
+        ("cuda", torch.cuda.is_available()),
+        ("mps", torch.backends.mps.is_available()),
+        ("cpu", True),
+    ]
     names = [name for name, ok in there if ok]
     kind = names[0] if wanted == "auto" else wanted.split(":")[0]
     if kind not in names:
-        raise UserError(f"device {wanted!r} is not there, this machine has {', '.join(names)}; hint: --device {names[0]}")
+        raise UserError(
+            f"device {wanted!r} is not there, this machine has {', '.join(names)}; hint: --device {names[0]}"
+        )
     if kind == "cuda":
         index = int(wanted.split(":")[1]) if ":" in wanted else local_rank
         if index >= torch.cuda.device_count():
-            raise UserError(f"GPU {index} is not there, this machine has {torch.cuda.device_count()}; "
-                            f"hint: --nproc_per_node={torch.cuda.device_count()}")
+            raise UserError(
+                f"GPU {index} is not there, this machine has {torch.cuda.device_count()}; "
+                f"hint: --nproc_per_node={torch.cuda.device_count()}"
+            )
         torch.cuda.set_device(index)
         return torch.device("cuda", index)
     return torch.device(kind)
@@ -45,10 +53,15 @@ def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
 
 def keep_freed_memory():
     """Have glibc keep freed blocks instead of handing them back to the kernel, which zeroes them page by page when they
-    are wanted again: activations of the same sizes come and go in every step. On a CPU only; costs some peak memory."""
+    are wanted again: activations of the same sizes come and go in every step. On a CPU only; costs some peak memory.
+    """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+        for option, value in (
+            (-4, 0),
+            (-1, 2**31 - 1),
+            (-2, 2**28),
+        ):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
             mallopt and mallopt(option, value)
 
 
@@ -56,7 +69,9 @@ def setup(wanted_device: str, timeout: float = 600, deterministic: bool = False)
     """Join the process group when torchrun started us: NCCL for what is on GPUs, gloo for what is in host memory."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # cuBLAS reads it when it starts
         same_bits()
     device = pick_device(wanted_device, int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cpu":
@@ -65,15 +80,20 @@ def setup(wanted_device: str, timeout: float = 600, deterministic: bool = False)
     if "RANK" in os.environ:
         on_gpu = device.type == "cuda"
         # the group's own limit comes after that of Stop, which says more and ends the hanging process, too
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", device_id=device if on_gpu else None,
-                                timeout=datetime.timedelta(seconds=timeout + 15))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            device_id=device if on_gpu else None,
+            timeout=datetime.timedelta(seconds=timeout + 15),
+        )
     return World(rank, world_size, device)
 
 
 def same_bits():
     """Have torch choose kernels that give the same bits each time (and warn where it has none)."""
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a help in finding bugs that costs time
+    torch.utils.deterministic.fill_uninitialized_memory = (
+        False  # a help in finding bugs that costs time
+    )
 
 
 def all_sum(values: torch.Tensor) -> torch.Tensor:
@@ -115,10 +135,20 @@ class Stop:
     """
 
     def __init__(self, world: World, timeout: float):
-        self.reason, self.error, self.armed, self.beat, self.interrupts = "", None, False, time.monotonic(), 0
+        self.reason, self.error, self.armed, self.beat, self.interrupts = (
+            "",
+            None,
+            False,
+            time.monotonic(),
+            0,
+        )
         names = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")  # Windows has the first two
         numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-        self.before = {n: signal.signal(n, self.on_signal) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
+        self.before = {
+            n: signal.signal(n, self.on_signal)
+            for n in numbers
+            if signal.getsignal(n) != signal.SIG_IGN
+        }
         self.closed = threading.Event()
         if world.world_size > 1:
             peers = [None] * world.world_size
@@ -127,9 +157,14 @@ class Stop:
             del peers[world.rank]
             try:  # descriptors, not numbers: another program may get the number of a process that has ended
                 peers = [os.pidfd_open(pid) for where, pid in peers if where == machine]
-            except (OSError, AttributeError):  # not Linux, or a kernel or container that does not allow it
+            except (
+                OSError,
+                AttributeError,
+            ):  # not Linux, or a kernel or container that does not allow it
                 peers = []  # torchrun then ends them, 30 s later
-            threading.Thread(target=self.watch, args=(world.rank, timeout, peers), daemon=True, name="watchdog").start()
+            threading.Thread(
+                target=self.watch, args=(world.rank, timeout, peers), daemon=True, name="watchdog"
+            ).start()
 
     def on_signal(self, number: int, _frame):
         if number == signal.SIGINT:
@@ -167,9 +202,12 @@ class Stop:
             if slept > 10:  # this machine or the whole job was suspended: nobody hangs
                 self.beat = tick
             if tick - self.beat > timeout:
-                print(f"error (rank {rank}): no progress for {timeout:g} s, a process hangs or is gone: ending all on "
-                      "this machine; hint: a longer --group_timeout if a step may take that long", file=sys.stderr,
-                      flush=True)
+                print(
+                    f"error (rank {rank}): no progress for {timeout:g} s, a process hangs or is gone: ending all on "
+                    "this machine; hint: a longer --group_timeout if a step may take that long",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 for peer in peers:
                     try:
                         signal.pidfd_send_signal(peer, signal.SIGKILL)
@@ -204,23 +242,41 @@ def free_memory(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    found = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")] if hasattr(os, "sysconf") else []
+    found = (
+        [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+        if hasattr(os, "sysconf")
+        else []
+    )
     if sys.platform == "linux":
         import resource
+
         text = lambda path: Path(path).read_text() if Path(path).exists() else ""
-        kilobytes = dict(re.findall(r"^(\w+):\s+(\d+) kB", text("/proc/meminfo") + text("/proc/self/status"), re.M))
+        kilobytes = dict(
+            re.findall(
+                r"^(\w+):\s+(\d+) kB", text("/proc/meminfo") + text("/proc/self/status"), re.M
+            )
+        )
         found = [1024 * int(kilobytes["MemAvailable"])]
-        top, held = text("/sys/fs/cgroup/memory.max").strip(), text("/sys/fs/cgroup/memory.current").strip()
+        top, held = (
+            text("/sys/fs/cgroup/memory.max").strip(),
+            text("/sys/fs/cgroup/memory.current").strip(),
+        )
         found += [int(top) - int(held)] if top.isdigit() and held else []
         for name, limit in (("VmSize", resource.RLIMIT_AS), ("VmData", resource.RLIMIT_DATA)):
             limit = resource.getrlimit(limit)[0]
-            found += [limit - 1024 * int(kilobytes[name])] if limit != resource.RLIM_INFINITY else []
+            found += (
+                [limit - 1024 * int(kilobytes[name])] if limit != resource.RLIM_INFINITY else []
+            )
     return max(0, min(found, default=2**33))
 
 
 def out_of_memory(e: BaseException) -> bool:
     """Whether an exception says so, of a GPU's allocator (one type) or of the CPU's (a RuntimeError like others)."""
-    return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(e) or "bad_alloc" in str(e)
+    return (
+        isinstance(e, (torch.OutOfMemoryError, MemoryError))
+        or "DefaultCPUAllocator" in str(e)
+        or "bad_alloc" in str(e)
+    )
 
 
 def compile_error(device: torch.device) -> str | None:

@@ -16,7 +16,15 @@ import prepare
 
 DATA = "/data"  # where the volume is mounted
 CODE = "/root"  # where Modal puts local modules, in each container
-NEEDED = ("torch", "numpy", "tiktoken", "tqdm", "tyro", "safetensors", "datasets")  # by prepare.py and what it imports
+NEEDED = (
+    "torch",
+    "numpy",
+    "tiktoken",
+    "tqdm",
+    "tyro",
+    "safetensors",
+    "datasets",
+)  # by prepare.py and what it imports
 MODULES = ("checkpoint", "config", "distributed", "model", "prepare", "shards", "tokenizer")
 ROOT = Path(__file__).parent
 
@@ -30,13 +38,19 @@ def pins() -> list[str]:
 app = modal.App("fineweb-edu")
 volume = modal.Volume.from_name("fineweb-edu", create_if_missing=True)
 # the merge table beside the modules, as in the repository: tokenizer.py looks for data/ beside itself
-image = (modal.Image.debian_slim(python_version="3.12").pip_install(*pins())
-         .add_local_file(ROOT / "data" / "vocab.bpe", f"{CODE}/data/vocab.bpe").add_local_python_source(*MODULES))
+image = (
+    modal.Image.debian_slim(python_version="3.12")
+    .pip_install(*pins())
+    .add_local_file(ROOT / "data" / "vocab.bpe", f"{CODE}/data/vocab.bpe")
+    .add_local_python_source(*MODULES)
+)
 retries = modal.Retries(max_retries=8, initial_delay=10.0, backoff_coefficient=2.0, max_delay=60.0)
 
 
 # A file has 720M tokens: 3 min to tokenise at 0.5M tokens a second and core, and 2 GB to download. Two hours are for slow days.
-@app.function(image=image, volumes={DATA: volume}, cpu=8.0, memory=4096, timeout=2 * 3600, retries=retries)
+@app.function(
+    image=image, volumes={DATA: volume}, cpu=8.0, memory=4096, timeout=2 * 3600, retries=retries
+)
 def tokenise(plan: dict, i: int, folder: str, source: str = "") -> dict:
     """Input file i of a plan into a part on the volume; returns its entry of the manifest."""
     plan = prepare.Plan(**plan)
@@ -56,24 +70,40 @@ def coordinate(folder: str, settings: dict):
     volume.commit()  # the plan
     jobs = [(plan._asdict(), i, folder, settings.get("source", "")) for i in needed]
     failed = []
-    for done in tokenise.starmap(jobs, order_outputs=False, return_exceptions=True, wrap_returned_exceptions=False):
+    for done in tokenise.starmap(
+        jobs, order_outputs=False, return_exceptions=True, wrap_returned_exceptions=False
+    ):
         if isinstance(done, Exception):  # the other files go on
             failed.append(prepare.one_line(done))
-        print(failed[-1] if isinstance(done, Exception) else f"{done['name']}: {done['tokens']:,} tokens", flush=True)
+        print(
+            failed[-1]
+            if isinstance(done, Exception)
+            else f"{done['name']}: {done['tokens']:,} tokens",
+            flush=True,
+        )
     volume.reload()
     shards = prepare.lay_out(plan, folder, after=volume.commit)
     volume.commit()
     if failed:
-        raise RuntimeError(f"{len(failed)} of {len(needed)} files failed, the first with {failed[0]}; hint: run this again, "
-                           "it goes on with them")
+        raise RuntimeError(
+            f"{len(failed)} of {len(needed)} files failed, the first with {failed[0]}; hint: run this again, "
+            "it goes on with them"
+        )
     print(prepare.summary(shards), flush=True)
 
 
 @app.local_entrypoint()
-def main(sample: str = "10BT", dataset: str = prepare.FINEWEB_EDU, config: str = "", text_field: str = "text",
-         revision: str = ""):
+def main(
+    sample: str = "10BT",
+    dataset: str = prepare.FINEWEB_EDU,
+    config: str = "",
+    text_field: str = "text",
+    revision: str = "",
+):
     """The settings of `prepare.py fineweb-edu`, in the same meaning; the folder on the volume is named after the subset."""
     folder = (config or (sample if dataset == prepare.FINEWEB_EDU else dataset)).replace("/", "-")
-    settings = dict(sample=sample, dataset=dataset, config=config, text_field=text_field, revision=revision)
+    settings = dict(
+        sample=sample, dataset=dataset, config=config, text_field=text_field, revision=revision
+    )
     coordinate.remote(f"{DATA}/{folder}", settings)
     print(f"modal volume get fineweb-edu {folder} data/{folder}")

@@ -30,7 +30,6 @@ from model import GPT, KVCache
 from packed import PackedGPT
 from tokenizer import EOT, N_VOCAB, gpt2
 
-
 # --------------------------------------------------------------------------------------------------------------------
 # from tokens to tokens
 
@@ -41,7 +40,9 @@ class Sampling:
 
     temperature: float = 1.0  # below 1 sharper, above 1 flatter, 0 always the likeliest token
     top_k: int = 50  # draw among the k likeliest tokens; 0 = all
-    top_p: float = 1.0  # draw among the likeliest tokens that together have this probability; 1 = all
+    top_p: float = (
+        1.0  # draw among the likeliest tokens that together have this probability; 1 = all
+    )
     seed: int = 42  # same seed, same text
 
 
@@ -60,12 +61,18 @@ def draw(logits: torch.Tensor, u: torch.Tensor, how: Sampling) -> torch.Tensor:
         return logits.argmax(-1)
     ids = None
     if how.top_k or how.top_p < 1:
-        logits, ids = logits.topk(min(how.top_k or logits.shape[-1], logits.shape[-1]))  # likeliest first
+        logits, ids = logits.topk(
+            min(how.top_k or logits.shape[-1], logits.shape[-1])
+        )  # likeliest first
     p = (logits.float() / how.temperature).softmax(-1)
     p = p if p.device.type == "mps" else p.double()  # MPS has no doubles
     cdf = p.cumsum(-1)
-    total = cdf.masked_fill(cdf - p >= how.top_p, 0).amax(-1, keepdim=True)  # of those that may be drawn: at least one
-    chosen = torch.searchsorted(cdf, u[:, None].to(p) * total, right=True).clamp(max=p.shape[-1] - 1)
+    total = cdf.masked_fill(cdf - p >= how.top_p, 0).amax(
+        -1, keepdim=True
+    )  # of those that may be drawn: at least one
+    chosen = torch.searchsorted(cdf, u[:, None].to(p) * total, right=True).clamp(
+        max=p.shape[-1] - 1
+    )
     return (chosen if ids is None else ids.gather(-1, chosen))[:, 0]
 
 
@@ -85,15 +92,23 @@ def prefill(model: GPT, texts: list[list[int]], size: int) -> tuple[KVCache, tor
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     cache = KVCache(model.config, len(texts), size, weight.device, dtype)
     lengths = torch.tensor([len(text) for text in texts], device=weight.device)
-    idx = torch.nn.utils.rnn.pad_sequence([torch.tensor(text) for text in texts], batch_first=True)  # on the right
+    idx = torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(text) for text in texts], batch_first=True
+    )  # on the right
     logits = decode(model, idx.to(weight.device), cache, lengths - 1)
     cache.lengths.copy_(lengths)  # what was computed for the padding is written over
     return cache, logits
 
 
 @torch.no_grad()
-def tokens(model: GPT, prompts: list[list[int]], n: int, max_new_tokens: int, how: Sampling,
-           decode: Callable = decode) -> Iterator[list[int]]:
+def tokens(
+    model: GPT,
+    prompts: list[list[int]],
+    n: int,
+    max_new_tokens: int,
+    how: Sampling,
+    decode: Callable = decode,
+) -> Iterator[list[int]]:
     """Yields max_new_tokens times the next id of each of n samples of each prompt (samples of a prompt side by side).
 
     Prompts have 1 to block_size tokens. A row whose context is full goes on from the last half of it. `decode` may be
@@ -105,14 +120,22 @@ def tokens(model: GPT, prompts: list[list[int]], n: int, max_new_tokens: int, ho
     size = min(block, max(held) + max_new_tokens)
     first, logits = prefill(model, prompts, size)
     source = [i for i in range(len(prompts)) for _ in range(n)]
-    cache, logits = KVCache(model.config, len(texts), size, logits.device, first.k.dtype), logits[source]
+    cache, logits = (
+        KVCache(model.config, len(texts), size, logits.device, first.k.dtype),
+        logits[source],
+    )
     cache.put(list(range(len(texts))), first, source)
-    u, last = uniforms(how.seed, n, max_new_tokens).repeat(len(prompts), 1), torch.zeros_like(cache.lengths)
+    u, last = (
+        uniforms(how.seed, n, max_new_tokens).repeat(len(prompts), 1),
+        torch.zeros_like(cache.lengths),
+    )
     for t in range(max_new_tokens):
         if t:
             full = [row for row, count in enumerate(held) if count == block]
             if full:
-                cache.lengths[full] = 0  # the step for the other rows writes somewhere in these, too
+                cache.lengths[full] = (
+                    0  # the step for the other rows writes somewhere in these, too
+                )
             if len(full) < len(held):
                 logits = decode(model, ids[:, None], cache, last)
             if full:
@@ -150,7 +173,9 @@ class Text:
             if found := [s for s in self.stop if self.waits.endswith(s)]:
                 self.ended = max(found, key=len)
                 return self.release(len(self.waits) - len(self.ended))
-        begun = max((k for s in self.stop for k in range(len(s)) if self.waits.endswith(s[:k])), default=0)
+        begun = max(
+            (k for s in self.stop for k in range(len(s)) if self.waits.endswith(s[:k])), default=0
+        )
         return self.release(len(self.waits) - begun)
 
     def end(self, why: str) -> str:
@@ -164,16 +189,26 @@ class Text:
         return out
 
 
-def sample_texts(model: GPT, prompt: str, n: int, max_new_tokens: int, temperature: float = 1.0, top_k: int = 50,
-                 seed: int = 42, stopped=lambda: False) -> list[str]:
+def sample_texts(
+    model: GPT,
+    prompt: str,
+    n: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 50,
+    seed: int = 42,
+    stopped=lambda: False,
+) -> list[str]:
     """n continuations of a prompt, prompt included, each up to its first <|endoftext|>. A function of the arguments.
 
     An empty prompt means the beginning of a document; of one longer than the context the end counts. Ends early once
     stopped() is true.
     """
-    ids = (gpt2().encode_ordinary(prompt) or [EOT])[-model.config.block_size:]
+    ids = (gpt2().encode_ordinary(prompt) or [EOT])[-model.config.block_size :]
     texts = [Text() for _ in range(n)]
-    for _ in stream(tokens(model, [ids], n, max_new_tokens, Sampling(temperature, top_k, seed=seed)), texts):
+    for _ in stream(
+        tokens(model, [ids], n, max_new_tokens, Sampling(temperature, top_k, seed=seed)), texts
+    ):
         if stopped():
             break
     return [prompt + text.text for text in texts]
@@ -196,7 +231,9 @@ def newest_run(log_dir: str = "log") -> str:
     """The run directory with the newest checkpoint. Raises UserError when there is none."""
     found = [p for p in Path(log_dir).glob("*/ckpt/step_*/state.json")]
     if not found:
-        raise UserError(f"no run with a checkpoint in {log_dir}/; hint: python train_gpt2.py first, or --model PATH")
+        raise UserError(
+            f"no run with a checkpoint in {log_dir}/; hint: python train_gpt2.py first, or --model PATH"
+        )
     return str(max(found, key=lambda p: p.stat().st_mtime).parents[2])
 
 
@@ -206,6 +243,7 @@ def load(where: str) -> GPT:
     if path.exists() and not ((path / "config.json").exists() and any(path.glob("*.safetensors"))):
         return checkpoint.load_model(checkpoint.find(where))
     import hf
+
     return hf.from_pretrained(where)
 
 
@@ -221,7 +259,9 @@ def of_type(model: GPT, dtype: str, device: torch.device, packed: bool = True) -
         if why is None:
             return PackedGPT(model, wanted)
     if wanted == torch.int8:
-        raise UserError(f"int8 weights need a CPU and a kernel of packed.cpp, here: {why}; hint: --dtype bfloat16")
+        raise UserError(
+            f"int8 weights need a CPU and a kernel of packed.cpp, here: {why}; hint: --dtype bfloat16"
+        )
     return model.to(device, wanted)
 
 
@@ -233,8 +273,10 @@ def encode(prompt: str, block_size: int) -> list[int]:
     """Ids of a prompt; an empty one is the beginning of a document. Raises UserError when the model cannot hold it."""
     ids = gpt2().encode_ordinary(prompt) or [EOT]
     if len(ids) > block_size:
-        raise UserError(f"the prompt {prompt[:20]!r}... has {len(ids)} tokens, the model's context {block_size}; "
-                        f"hint: shorten it, its last {block_size} tokens are all that a model could see")
+        raise UserError(
+            f"the prompt {prompt[:20]!r}... has {len(ids)} tokens, the model's context {block_size}; "
+            f"hint: shorten it, its last {block_size} tokens are all that a model could see"
+        )
     return ids
 
 
@@ -243,7 +285,9 @@ def read_prompts(file: str) -> list[str]:
     try:
         text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
     except (OSError, ValueError) as e:
-        raise UserError(f"{file} cannot be read ({one_line(e)}); hint: --file takes UTF-8 text, one prompt a line")
+        raise UserError(
+            f"{file} cannot be read ({one_line(e)}); hint: --file takes UTF-8 text, one prompt a line"
+        )
     if not (prompts := [line for line in text.splitlines() if line.strip()]):
         raise UserError(f"no prompt in {'stdin' if file == '-' else file}; hint: --prompt TEXT")
     return prompts
@@ -282,11 +326,19 @@ class Settings(Sampling):
 
 def check(args: Settings):
     """Raises UserError with all that is wrong with the settings."""
-    rules = (("n", args.n > 0, "above 0"), ("max_new_tokens", args.max_new_tokens > 0, "above 0"),
-             ("temperature", 0 <= args.temperature < float("inf"), "a number from 0"),
-             ("top_k", 0 <= args.top_k <= N_VOCAB, f"0 to {N_VOCAB}"), ("top_p", 0 < args.top_p <= 1, "above 0, up to 1"),
-             ("stop", "" not in args.stop, "strings of at least one character"))
-    wrong = [f"{name} is {getattr(args, name)}, must be {rule}; hint: --{name}" for name, ok, rule in rules if not ok]
+    rules = (
+        ("n", args.n > 0, "above 0"),
+        ("max_new_tokens", args.max_new_tokens > 0, "above 0"),
+        ("temperature", 0 <= args.temperature < float("inf"), "a number from 0"),
+        ("top_k", 0 <= args.top_k <= N_VOCAB, f"0 to {N_VOCAB}"),
+        ("top_p", 0 < args.top_p <= 1, "above 0, up to 1"),
+        ("stop", "" not in args.stop, "strings of at least one character"),
+    )
+    wrong = [
+        f"{name} is {getattr(args, name)}, must be {rule}; hint: --{name}"
+        for name, ok, rule in rules
+        if not ok
+    ]
     if args.prompt and args.file:
         wrong.append(f"prompts on the command line and in {args.file}; hint: give one")
     if wrong:
@@ -298,12 +350,18 @@ def prepare(args: Settings, where: str) -> tuple[GPT, Callable]:
     device = pick_device(args.device)
     gpt = load(where).eval()
     if gpt.config.vocab_size < N_VOCAB:
-        raise UserError(f"{where} knows {gpt.config.vocab_size} tokens, GPT-2's tokenizer has {N_VOCAB}; "
-                        "hint: a model trained with --vocab_size 50304")
+        raise UserError(
+            f"{where} knows {gpt.config.vocab_size} tokens, GPT-2's tokenizer has {N_VOCAB}; "
+            "hint: a model trained with --vocab_size 50304"
+        )
     gpt = of_type(gpt, args.dtype, device, packed=not args.use_compile)
     if args.use_compile and (why := compile_error(device)):
         raise UserError(f"torch.compile does not work here ({why}); hint: --use_compile False")
-    print(f"model | {where} | {gpt.num_params():,} parameters", flush=True, file=sys.stderr if args.json else sys.stdout)
+    print(
+        f"model | {where} | {gpt.num_params():,} parameters",
+        flush=True,
+        file=sys.stderr if args.json else sys.stdout,
+    )
     return gpt, torch.compile(decode, fullgraph=True, dynamic=False) if args.use_compile else decode
 
 
@@ -316,13 +374,25 @@ def answer(args: Settings, gpt: GPT, step: Callable, prompts: list[str]):
     if args.json:
         collections.deque(pieces, maxlen=0)
         for i, (prompt, text) in enumerate(zip(whose, texts)):
-            print(json.dumps(dict(prompt=prompt, sample=i % args.n, text=text.text, tokens=text.count,
-                                  ended=text.ended)))
+            print(
+                json.dumps(
+                    dict(
+                        prompt=prompt,
+                        sample=i % args.n,
+                        text=text.text,
+                        tokens=text.count,
+                        ended=text.ended,
+                    )
+                )
+            )
     else:
         show(pieces, texts, ["-" * 80 + f"\n{prompt}" for prompt in whose])
     total, seconds = sum(text.count for text in texts), time.perf_counter() - t0
-    print(f"speed | {total} tokens in {seconds:.2f} s | {total / seconds:.1f} tok/s", flush=True,
-          file=sys.stderr if args.json else sys.stdout)
+    print(
+        f"speed | {total} tokens in {seconds:.2f} s | {total / seconds:.1f} tok/s",
+        flush=True,
+        file=sys.stderr if args.json else sys.stdout,
+    )
 
 
 def main():
@@ -341,7 +411,9 @@ def main():
                 print(f"error: {e}", file=sys.stderr)
     except (EOFError, KeyboardInterrupt):  # Ctrl-D, Ctrl-C
         print()
-    except BrokenPipeError:  # the reader of a pipe has seen enough; nothing is left to flush at the end
+    except (
+        BrokenPipeError
+    ):  # the reader of a pipe has seen enough; nothing is left to flush at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

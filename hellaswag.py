@@ -56,8 +56,10 @@ def fetch(say=print) -> Path | None:
         temporary.write_bytes(raw)
         os.replace(temporary, DATA)
     except (OSError, ValueError) as e:
-        say(f"hellaswag | skipped, its data cannot be had ({one_line(e)}); hint: put {URL} at data/{DATA.name}, or "
-            "--hellaswag_limit 0")
+        say(
+            f"hellaswag | skipped, its data cannot be had ({one_line(e)}); hint: put {URL} at data/{DATA.name}, or "
+            "--hellaswag_limit 0"
+        )
         return None
     say(f"hellaswag | {URL}, now in {DATA}")
     return DATA
@@ -124,8 +126,14 @@ def load(path: Path, protocol: str = "gpt2", limit: int = 0) -> Items:
     chosen = np.arange(min(limit or n, n)) * n // min(limit or n, n)
     paths = (4 * chosen[:, None] + np.arange(4)).ravel()
     ends = items.lengths.sum(1).cumsum()
-    tokens = [items.tokens[ends[p] - items.lengths[p].sum(): ends[p]] for p in paths]
-    return Items(np.concatenate(tokens), items.lengths[paths], items.divisors[paths], items.labels[chosen], protocol)
+    tokens = [items.tokens[ends[p] - items.lengths[p].sum() : ends[p]] for p in paths]
+    return Items(
+        np.concatenate(tokens),
+        items.lengths[paths],
+        items.divisors[paths],
+        items.labels[chosen],
+        protocol,
+    )
 
 
 def tokenise(path: Path, protocol: str) -> Items:
@@ -137,10 +145,19 @@ def tokenise(path: Path, protocol: str) -> Items:
         if not raw or len(paths) != 4 * len(raw):
             raise ValueError(f"{len(raw)} items with {len(paths)} endings")
     except (ValueError, KeyError, TypeError, EOFError, OSError, AttributeError) as e:
-        raise UserError(f"{path} is not HellaSwag's jsonl ({one_line(e)}); hint: remove it, or --hellaswag_limit 0") from e
-    tokens = np.concatenate([np.array(part, np.uint16) for context, ending, _ in paths for part in (context, ending)])
-    return Items(tokens, np.array([[len(c), len(e)] for c, e, _ in paths]), np.array([d for _, _, d in paths]), labels,
-                 protocol)
+        raise UserError(
+            f"{path} is not HellaSwag's jsonl ({one_line(e)}); hint: remove it, or --hellaswag_limit 0"
+        ) from e
+    tokens = np.concatenate(
+        [np.array(part, np.uint16) for context, ending, _ in paths for part in (context, ending)]
+    )
+    return Items(
+        tokens,
+        np.array([[len(c), len(e)] for c, e, _ in paths]),
+        np.array([d for _, _, d in paths]),
+        labels,
+        protocol,
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -152,13 +169,19 @@ class Batch(NamedTuple):
 
     idx: torch.Tensor  # (R, T) ids
     positions: torch.Tensor  # (R, T): an ending's go on from its context's
-    part: torch.Tensor  # (R, T): 8 * text + 0 for a context, + 1 to 4 for its endings; 7 for padding
-    where: torch.Tensor  # (S,) places in the flattened rows from which a token of an ending is predicted
+    part: (
+        torch.Tensor
+    )  # (R, T): 8 * text + 0 for a context, + 1 to 4 for its endings; 7 for padding
+    where: (
+        torch.Tensor
+    )  # (S,) places in the flattened rows from which a token of an ending is predicted
     targets: torch.Tensor  # (S,) that token; -1 for padding
     path: torch.Tensor  # (S,) the ending it belongs to, counted over the set
 
 
-def pack(items: Items, block_size: int, rows: int, device: torch.device, T: int = 512) -> tuple[list[Batch], int]:
+def pack(
+    items: Items, block_size: int, rows: int, device: torch.device, T: int = 512
+) -> tuple[list[Batch], int]:
     """Batches of `rows` rows of T ids, and the number of items that were too long for the model.
 
     Of a text longer than block_size + 1 ids the beginning goes, which may leave the endings with different contexts: an
@@ -167,15 +190,20 @@ def pack(items: Items, block_size: int, rows: int, device: torch.device, T: int 
     texts, cut, end = [], set(), 0
     for p, (n_context, n_ending) in enumerate(items.lengths.tolist()):
         end += n_context + n_ending
-        ids = [*([EOT] if n_context == 0 else []), *items.tokens[end - n_context - n_ending: end].tolist()]
+        ids = [
+            *([EOT] if n_context == 0 else []),
+            *items.tokens[end - n_context - n_ending : end].tolist(),
+        ]
         if len(ids) > block_size + 1:
-            ids, _ = ids[-(block_size + 1):], cut.add(p // 4)
+            ids, _ = ids[-(block_size + 1) :], cut.add(p // 4)
         at = max(1, len(ids) - n_ending)  # the first ending token
         if p % 4 and texts[-1][0] == ids[:at]:
             texts[-1][1].append((p, ids[at:]))
         else:
             texts.append((ids[:at], [(p, ids[at:])]))
-    length = lambda text: len(text[0]) + sum(len(ending) - 1 for _, ending in text[1])  # nothing follows a last token
+    length = lambda text: (
+        len(text[0]) + sum(len(ending) - 1 for _, ending in text[1])
+    )  # nothing follows a last token
     T = max(T, -(-max(map(length, texts)) // 128) * 128)
     rooms: list[list[list]] = [[] for _ in range(T + 1)]  # the rows that have so much room left
     filled = []
@@ -197,20 +225,33 @@ def to_batches(filled: list[list], rows: int, T: int, device: torch.device) -> l
         at = 0
         for t, (context, endings) in enumerate(row):
             last = at + len(context) - 1  # predicts the first token of each ending
-            idx[r, at: last + 1], positions[r, at: last + 1], part[r, at: last + 1] = context, range(len(context)), 8 * t
+            idx[r, at : last + 1], positions[r, at : last + 1], part[r, at : last + 1] = (
+                context,
+                range(len(context)),
+                8 * t,
+            )
             at = last + 1
             for k, (path, ending) in enumerate(endings, 1):
                 to = at + len(ending) - 1
-                idx[r, at: to], part[r, at: to] = ending[:-1], 8 * t + k
-                positions[r, at: to] = range(len(context), len(context) + to - at)
+                idx[r, at:to], part[r, at:to] = ending[:-1], 8 * t + k
+                positions[r, at:to] = range(len(context), len(context) + to - at)
                 sources = [last, *range(at, to)][: len(ending)]
-                scored[r // rows] += [(r % rows * T + s, token, path) for s, token in zip(sources, ending)]
+                scored[r // rows] += [
+                    (r % rows * T + s, token, path) for s, token in zip(sources, ending)
+                ]
                 at = to
     S = max(map(len, scored))
     scored = np.array([s + [(0, -1, 0)] * (S - len(s)) for s in scored])  # (n, S, 3)
-    tensors = [torch.from_numpy(a).to(device) for a in (idx, positions, part, *np.moveaxis(scored, 2, 0))]
-    return [Batch(*(t[i * rows: (i + 1) * rows] for t in tensors[:3]), *(t[i].contiguous() for t in tensors[3:]))
-            for i in range(n)]
+    tensors = [
+        torch.from_numpy(a).to(device) for a in (idx, positions, part, *np.moveaxis(scored, 2, 0))
+    ]
+    return [
+        Batch(
+            *(t[i * rows : (i + 1) * rows] for t in tensors[:3]),
+            *(t[i].contiguous() for t in tensors[3:]),
+        )
+        for i in range(n)
+    ]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -221,10 +262,16 @@ def nats(model, batch: Batch) -> torch.Tensor:
     """Losses (S,) of the scored tokens: the head sees only the places that predict one."""
     T = batch.part.shape[1]
     row, column = batch.part[:, :, None], batch.part[:, None, :]
-    mask = (row // 8 == column // 8) & ((column % 8 == 0) | (row == column))  # its own context, or its own part
+    mask = (row // 8 == column // 8) & (
+        (column % 8 == 0) | (row == column)
+    )  # its own context, or its own part
     mask &= torch.ones(T, T, dtype=torch.bool, device=mask.device).tril()
-    hidden = model.trunk(batch.idx, batch.positions, mask[:, None]).flatten(0, 1)[batch.where]  # (S, C)
-    return F.cross_entropy(model.head(hidden).float(), batch.targets, ignore_index=-1, reduction="none")
+    hidden = model.trunk(batch.idx, batch.positions, mask[:, None]).flatten(0, 1)[
+        batch.where
+    ]  # (S, C)
+    return F.cross_entropy(
+        model.head(hidden).float(), batch.targets, ignore_index=-1, reduction="none"
+    )
 
 
 class HellaSwag:
@@ -233,14 +280,20 @@ class HellaSwag:
     Rows are split over the processes, and the losses of the endings added up: the same result on any number of them.
     """
 
-    def __init__(self, items: Items, model, world: World, autocast, compiled: bool = False, rows: int = 0):
+    def __init__(
+        self, items: Items, model, world: World, autocast, compiled: bool = False, rows: int = 0
+    ):
         self.items, self.model, self.world, self.autocast = items, model, world, autocast
         on_gpu = world.device.type == "cuda"
-        batches, self.cut = pack(items, model.config.block_size, rows or (32 if on_gpu else 4), world.device)
+        batches, self.cut = pack(
+            items, model.config.block_size, rows or (32 if on_gpu else 4), world.device
+        )
         self.rounds = -(-len(batches) // world.world_size)  # the same number in all processes
-        self.batches = batches[world.rank:: world.world_size]
+        self.batches = batches[world.rank :: world.world_size]
         # on a CPU, compiling was not faster
-        self.nats = torch.compile(nats, fullgraph=True, dynamic=False) if compiled and on_gpu else nats
+        self.nats = (
+            torch.compile(nats, fullgraph=True, dynamic=False) if compiled and on_gpu else nats
+        )
 
     @torch.no_grad()
     def losses(self, poll=lambda: None, bar: bool = False) -> np.ndarray:
@@ -259,28 +312,54 @@ class HellaSwag:
 
     def __call__(self, poll=lambda: None, bar: bool = False) -> dict:
         """acc, acc_norm, their standard errors, the protocol, the number of items and of those cut; and `choices`, by
-        item: the two choices, the label, the losses."""
+        item: the two choices, the label, the losses.
+        """
         losses = self.losses(poll, bar)
-        with np.errstate(divide="ignore"):  # an ending of no characters is not chosen, as in lm-eval
-            by_sum, by_norm = losses.argmin(1), (losses / self.items.divisors.reshape(-1, 4)).argmin(1)
+        with np.errstate(
+            divide="ignore"
+        ):  # an ending of no characters is not chosen, as in lm-eval
+            by_sum, by_norm = (
+                losses.argmin(1),
+                (losses / self.items.divisors.reshape(-1, 4)).argmin(1),
+            )
         n, labels = len(losses), self.items.labels
         acc, acc_norm = (by_sum == labels).mean().item(), (by_norm == labels).mean().item()
         se = lambda share: (share * (1 - share) / n) ** 0.5
-        return dict(protocol=self.items.protocol, items=n, cut=self.cut, acc=acc, acc_se=se(acc), acc_norm=acc_norm,
-                    se=se(acc_norm), choices=list(zip(by_sum.tolist(), by_norm.tolist(), labels.tolist(), losses.tolist())))
+        return dict(
+            protocol=self.items.protocol,
+            items=n,
+            cut=self.cut,
+            acc=acc,
+            acc_se=se(acc),
+            acc_norm=acc_norm,
+            se=se(acc_norm),
+            choices=list(zip(by_sum.tolist(), by_norm.tolist(), labels.tolist(), losses.tolist())),
+        )
 
 
-def for_training(limit: int, model, world: World, autocast, compiled: bool, say) -> HellaSwag | None:
+def for_training(
+    limit: int, model, world: World, autocast, compiled: bool, say
+) -> HellaSwag | None:
     """The set for evaluations beside training; None when limit is 0 or there is no data.
 
     The first process alone fetches and reads it, for the others may be on machines without it.
     """
-    items = from_first(lambda: (path := fetch(say)) and load(path, "gpt2", limit)) if limit else None
+    items = (
+        from_first(lambda: (path := fetch(say)) and load(path, "gpt2", limit)) if limit else None
+    )
     return HellaSwag(items, model, world, autocast, compiled) if items else None
 
 
-def main(model: str = "", protocol: Literal["gpt2", "harness"] = "gpt2", limit: int = 0, data: str = "", out: str = "",
-         per_item: bool = False, device: str = "auto", dtype: str = "auto"):
+def main(
+    model: str = "",
+    protocol: Literal["gpt2", "harness"] = "gpt2",
+    limit: int = 0,
+    data: str = "",
+    out: str = "",
+    per_item: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+):
     """HellaSwag accuracy of a model.
 
     Args:
@@ -294,6 +373,7 @@ def main(model: str = "", protocol: Literal["gpt2", "harness"] = "gpt2", limit: 
         dtype: auto, bfloat16 or float32
     """
     import generate
+
     if data and not Path(data).exists():
         raise UserError(f"no such file: {data}; hint: --data FILE")
     if (path := Path(data) if data else fetch()) is None:
@@ -305,12 +385,20 @@ def main(model: str = "", protocol: Literal["gpt2", "harness"] = "gpt2", limit: 
     result = HellaSwag(load(path, protocol, limit), gpt, world, autocast, compiled=True)(bar=True)
     choices = result.pop("choices")
     if result["cut"]:
-        print(f"{result['cut']} items were longer than the model's {gpt.config.block_size} tokens: their beginning was cut")
+        print(
+            f"{result['cut']} items were longer than the model's {gpt.config.block_size} tokens: their beginning was cut"
+        )
     print(json.dumps(result))
     if out:
-        details = [dict(zip(("acc_choice", "acc_norm_choice", "label", "losses"), c)) for c in choices]
-        Path(out).write_text(json.dumps(result | ({"per_item": details} if per_item else {}), indent=1))
+        details = [
+            dict(zip(("acc_choice", "acc_norm_choice", "label", "losses"), c)) for c in choices
+        ]
+        Path(out).write_text(
+            json.dumps(result | ({"per_item": details} if per_item else {}), indent=1)
+        )
 
 
 if __name__ == "__main__":
-    command_line(lambda: tyro.cli(main, use_underscores=True, config=(tyro.conf.FlagConversionOff,)))
+    command_line(
+        lambda: tyro.cli(main, use_underscores=True, config=(tyro.conf.FlagConversionOff,))
+    )

@@ -53,10 +53,23 @@ REPRESENTABLE = {
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
 # Our names and theirs, in the order of their replacement, once c_attn is split into q_proj, k_proj and v_proj.
-STARCODER2 = {"h.": "layers.", "wte": "embed_tokens", "ln_f": "norm", "ln_1": "input_layernorm",
-              "ln_2": "post_attention_layernorm", "attn.c_proj": "attn.o_proj", "attn.": "self_attn."}
-NANOCHAT = {"h.": "layers.", "wte": "embed_tokens", "attn.c_proj": "attn.o_proj", "attn.": "self_attn.", "c_fc": "fc1",
-            "mlp.c_proj": "mlp.fc2"}
+STARCODER2 = {
+    "h.": "layers.",
+    "wte": "embed_tokens",
+    "ln_f": "norm",
+    "ln_1": "input_layernorm",
+    "ln_2": "post_attention_layernorm",
+    "attn.c_proj": "attn.o_proj",
+    "attn.": "self_attn.",
+}
+NANOCHAT = {
+    "h.": "layers.",
+    "wte": "embed_tokens",
+    "attn.c_proj": "attn.o_proj",
+    "attn.": "self_attn.",
+    "c_fc": "fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
 
 
 def from_pretrained(name_or_folder: str) -> GPT:
@@ -69,18 +82,25 @@ def from_pretrained(name_or_folder: str) -> GPT:
     """
     name = name_or_folder.removeprefix("openai-community/")
     if not Path(name_or_folder).is_dir() and name not in REVISIONS:
-        raise UserError(f"{name_or_folder!r} is neither a folder nor a name of OpenAI's; hint: {near(name, REVISIONS)}")
+        raise UserError(
+            f"{name_or_folder!r} is neither a folder nor a name of OpenAI's; hint: {near(name, REVISIONS)}"
+        )
     folder = Path(name_or_folder) if Path(name_or_folder).is_dir() else fetch(name)
     config, weights = read_config(folder), read_weights(folder)
     with torch.device("meta"):  # shapes only: no random weights drawn just to be thrown away
         model = GPT(config)
     expected = {key: tuple(p.shape) for key, p in model.state_dict().items()}
     found = {key: tuple(w.shape) for key, w in weights.items()}
-    wrong = [f"{key} {found.get(key, 'missing')}, expected {expected.get(key, 'no such weight')}"
-             for key in sorted(expected.keys() | found.keys()) if expected.get(key) != found.get(key)]
+    wrong = [
+        f"{key} {found.get(key, 'missing')}, expected {expected.get(key, 'no such weight')}"
+        for key in sorted(expected.keys() | found.keys())
+        if expected.get(key) != found.get(key)
+    ]
     if wrong:
-        raise UserError(f"weights in {folder} do not fit its config.json: {'; '.join(wrong[:3])} ({len(wrong)} such); "
-                        "hint: take both files from one GPT2LMHeadModel.save_pretrained")
+        raise UserError(
+            f"weights in {folder} do not fit its config.json: {'; '.join(wrong[:3])} ({len(wrong)} such); "
+            "hint: take both files from one GPT2LMHeadModel.save_pretrained"
+        )
     model.load_state_dict(weights, assign=True)
     return model
 
@@ -92,11 +112,17 @@ def fetch(name: str) -> Path:
     huggingface_hub.logging.set_verbosity_error()  # without a network, each of its six attempts would warn
     try:
         for file in ("config.json", "model.safetensors"):
-            path = huggingface_hub.hf_hub_download(f"openai-community/{name}", file, revision=REVISIONS[name])
-    except Exception as e:  # the hub's, the disk's, or those of an HTTP library that differs between versions
-        raise UserError(f"cannot fetch {name} ({one_line(e)}); hint: where there is a network, "
-                        f"hf download openai-community/{name} config.json model.safetensors --local-dir {name}; "
-                        "then bring that folder here and give its path")
+            path = huggingface_hub.hf_hub_download(
+                f"openai-community/{name}", file, revision=REVISIONS[name]
+            )
+    except (
+        Exception
+    ) as e:  # the hub's, the disk's, or those of an HTTP library that differs between versions
+        raise UserError(
+            f"cannot fetch {name} ({one_line(e)}); hint: where there is a network, "
+            f"hf download openai-community/{name} config.json model.safetensors --local-dir {name}; "
+            "then bring that folder here and give its path"
+        )
     return Path(path).parent
 
 
@@ -106,18 +132,30 @@ def read_config(folder: Path) -> GPTConfig:
         c = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if c["model_type"] != "gpt2":
             raise ValueError(f"model_type {c['model_type']!r}, expected 'gpt2'")
-        config = GPTConfig(block_size=int(c["n_positions"]), vocab_size=int(c["vocab_size"]), n_layer=int(c["n_layer"]),
-                           n_head=int(c["n_head"]), n_embd=int(c["n_embd"]))
-        wrong = [f"{key} {c[key]!r}, expected {' or '.join(map(repr, ok))}" for key, ok in
-                 (REPRESENTABLE | {"n_inner": (None, 4 * config.n_embd)}).items() if c.get(key, ok[0]) not in ok]
+        config = GPTConfig(
+            block_size=int(c["n_positions"]),
+            vocab_size=int(c["vocab_size"]),
+            n_layer=int(c["n_layer"]),
+            n_head=int(c["n_head"]),
+            n_embd=int(c["n_embd"]),
+        )
+        wrong = [
+            f"{key} {c[key]!r}, expected {' or '.join(map(repr, ok))}"
+            for key, ok in (REPRESENTABLE | {"n_inner": (None, 4 * config.n_embd)}).items()
+            if c.get(key, ok[0]) not in ok
+        ]
         if config.n_embd % config.n_head:
             wrong.append(f"n_embd {config.n_embd}, expected a multiple of n_head {config.n_head}")
     except (OSError, ArithmeticError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{folder / 'config.json'} is not that of a GPT-2 ({one_line(e)}); "
-                        f"hint: {', '.join(REVISIONS)} or a folder that GPT2LMHeadModel.save_pretrained wrote")
+        raise UserError(
+            f"{folder / 'config.json'} is not that of a GPT-2 ({one_line(e)}); "
+            f"hint: {', '.join(REVISIONS)} or a folder that GPT2LMHeadModel.save_pretrained wrote"
+        )
     if wrong:
-        raise UserError(f"{folder}: model.py does not compute this GPT-2: {'; '.join(wrong)}; "
-                        f"hint: it does {', '.join(REVISIONS)}")
+        raise UserError(
+            f"{folder}: model.py does not compute this GPT-2: {'; '.join(wrong)}; "
+            f"hint: it does {', '.join(REVISIONS)}"
+        )
     return config
 
 
@@ -125,15 +163,25 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """The weights under model.py's names, float32, in memory of their own. Large models come in several files."""
     path, raw = folder / "model.safetensors.index.json", {}
     try:
-        parts = json.loads(path.read_text())["weight_map"].values() if path.exists() else ["model.safetensors"]
+        parts = (
+            json.loads(path.read_text())["weight_map"].values()
+            if path.exists()
+            else ["model.safetensors"]
+        )
         for path in sorted({folder / Path(part).name for part in parts}):
             raw |= {key.removeprefix("transformer."): w for key, w in load_file(path).items()}
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{path} cannot be read ({one_line(e)}); hint: copy it again, or write it anew: "
-                        "GPT2LMHeadModel.from_pretrained(OLD).save_pretrained(NEW)")
-    if (head := raw.pop("lm_head.weight", None)) is not None and not torch.equal(head, raw.get("wte.weight", head)):
-        raise UserError(f"the lm_head.weight in {folder} differs from its wte.weight, expected one matrix for both; "
-                        f"hint: {', '.join(REVISIONS)} have a tied head")
+        raise UserError(
+            f"{path} cannot be read ({one_line(e)}); hint: copy it again, or write it anew: "
+            "GPT2LMHeadModel.from_pretrained(OLD).save_pretrained(NEW)"
+        )
+    if (head := raw.pop("lm_head.weight", None)) is not None and not torch.equal(
+        head, raw.get("wte.weight", head)
+    ):
+        raise UserError(
+            f"the lm_head.weight in {folder} differs from its wte.weight, expected one matrix for both; "
+            f"hint: {', '.join(REVISIONS)} have a tied head"
+        )
     weights = {}
     for key, w in raw.items():
         if key.endswith((".attn.bias", ".attn.masked_bias")):
@@ -153,30 +201,74 @@ def layout(model: GPT) -> tuple[dict, dict[str, torch.Tensor]]:
     """config.json and the weights as transformers has them, without padded vocabulary. Raises UserError for SwiGLU."""
     c, weights = model.config, model.state_dict()
     if c.use_swiglu:
-        raise UserError("no class of transformers computes this model: SwiGLU with LayerNorm and biases; "
-                        "hint: generate.py and hellaswag.py open its checkpoint, gpt2-rope is the nearest that exports")
+        raise UserError(
+            "no class of transformers computes this model: SwiGLU with LayerNorm and biases; "
+            "hint: generate.py and hellaswag.py open its checkpoint, gpt2-rope is the nearest that exports"
+        )
     rows = min(c.vocab_size, N_VOCAB)
-    weights |= {key: weights[key][:rows] for key in ("wte.weight", "lm_head.weight") if key in weights}
+    weights |= {
+        key: weights[key][:rows] for key in ("wte.weight", "lm_head.weight") if key in weights
+    }
     end = EOT if rows == N_VOCAB else None
-    common = dict(vocab_size=rows, tie_word_embeddings=not c.modern, bos_token_id=end, eos_token_id=end, dtype="float32")
+    common = dict(
+        vocab_size=rows,
+        tie_word_embeddings=not c.modern,
+        bos_token_id=end,
+        eos_token_id=end,
+        dtype="float32",
+    )
     if c.modern:
-        config = dict(model_type="nanochat", architectures=["NanoChatForCausalLM"], hidden_size=c.n_embd,
-                      intermediate_size=4 * c.n_embd, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
-                      num_key_value_heads=c.n_head, max_position_embeddings=c.block_size, rope_theta=10000.0,
-                      hidden_act="relu2", rms_norm_eps=1e-6, final_logit_softcapping=15.0, attention_bias=False,
-                      pad_token_id=None)
+        config = dict(
+            model_type="nanochat",
+            architectures=["NanoChatForCausalLM"],
+            hidden_size=c.n_embd,
+            intermediate_size=4 * c.n_embd,
+            num_hidden_layers=c.n_layer,
+            num_attention_heads=c.n_head,
+            num_key_value_heads=c.n_head,
+            max_position_embeddings=c.block_size,
+            rope_theta=10000.0,
+            hidden_act="relu2",
+            rms_norm_eps=1e-6,
+            final_logit_softcapping=15.0,
+            attention_bias=False,
+            pad_token_id=None,
+        )
         return config | common, nanochat(weights, c.n_head)
     if c.use_rope:
         # rope_theta: the base of model.rope_tables; transformers 5 makes its rope_parameters of it, 4 reads it as it is
-        config = dict(model_type="starcoder2", architectures=["Starcoder2ForCausalLM"], hidden_size=c.n_embd,
-                      intermediate_size=4 * c.n_embd, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
-                      num_key_value_heads=c.n_head, max_position_embeddings=c.block_size, rope_theta=10000.0,
-                      hidden_act="gelu_pytorch_tanh", norm_epsilon=1e-5, use_bias=True, sliding_window=None)
+        config = dict(
+            model_type="starcoder2",
+            architectures=["Starcoder2ForCausalLM"],
+            hidden_size=c.n_embd,
+            intermediate_size=4 * c.n_embd,
+            num_hidden_layers=c.n_layer,
+            num_attention_heads=c.n_head,
+            num_key_value_heads=c.n_head,
+            max_position_embeddings=c.block_size,
+            rope_theta=10000.0,
+            hidden_act="gelu_pytorch_tanh",
+            norm_epsilon=1e-5,
+            use_bias=True,
+            sliding_window=None,
+        )
         return config | common, starcoder2(weights)
-    config = dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], n_positions=c.block_size, n_layer=c.n_layer,
-                  n_head=c.n_head, n_embd=c.n_embd, activation_function="gelu_pytorch_tanh", layer_norm_epsilon=1e-5,
-                  resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)  # 0.1 unless given, which would change fine-tuning
-    return config | common, {f"transformer.{k}": w.t() if k.endswith(TRANSPOSED) else w for k, w in weights.items()}
+    config = dict(
+        model_type="gpt2",
+        architectures=["GPT2LMHeadModel"],
+        n_positions=c.block_size,
+        n_layer=c.n_layer,
+        n_head=c.n_head,
+        n_embd=c.n_embd,
+        activation_function="gelu_pytorch_tanh",
+        layer_norm_epsilon=1e-5,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )  # 0.1 unless given, which would change fine-tuning
+    return config | common, {
+        f"transformer.{k}": w.t() if k.endswith(TRANSPOSED) else w for k, w in weights.items()
+    }
 
 
 def starcoder2(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -188,14 +280,22 @@ def nanochat(weights: dict[str, torch.Tensor], n_head: int) -> dict[str, torch.T
     """Weights of a modern model for NanoChatForCausalLM, which turns (x1, x2) by minus our angle: as good as (x2, x1) by ours."""
     head, weights = weights.pop("lm_head.weight"), renamed(weights, NANOCHAT)
     for key in [key for key in weights if "q_proj" in key or "k_proj" in key]:
-        weights[key] = weights[key].view(n_head, 2, -1, weights[key].shape[1]).flip(1).reshape(weights[key].shape)
+        weights[key] = (
+            weights[key]
+            .view(n_head, 2, -1, weights[key].shape[1])
+            .flip(1)
+            .reshape(weights[key].shape)
+        )
     return {f"model.{key}": w for key, w in weights.items()} | {"lm_head.weight": head}
 
 
 def renamed(weights: dict[str, torch.Tensor], names: dict[str, str]) -> dict[str, torch.Tensor]:
     """Weights under other names, one replaced after the other, and c_attn as three matrices."""
     for key in [key for key in weights if "c_attn" in key]:
-        weights |= {key.replace("c_attn", f"{part}_proj"): w for part, w in zip("qkv", weights.pop(key).chunk(3))}
+        weights |= {
+            key.replace("c_attn", f"{part}_proj"): w
+            for part, w in zip("qkv", weights.pop(key).chunk(3))
+        }
     for ours, theirs in names.items():
         weights = {key.replace(ours, theirs): w for key, w in weights.items()}
     return weights
@@ -203,10 +303,18 @@ def renamed(weights: dict[str, torch.Tensor], names: dict[str, str]) -> dict[str
 
 def model_card(path: Path, state: dict, c: GPTConfig, architecture: str, parameters: int) -> str:
     """README.md of an export: how to load it, what it is, and what its run found. path, state: the checkpoint."""
-    rows = {"model": f"{parameters:,} parameters, {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, "
-                     f"{'rotary' if c.rotary else 'learned'} positions, context of {c.block_size} tokens"}
-    rows |= run_rows(path, state) if "config" in state else {"weights": f"from {Path(state.get('source', '?')).name}"}
-    rows["written by"] = ", ".join(f"{name} {version}" for name, version in state["versions"].items())
+    rows = {
+        "model": f"{parameters:,} parameters, {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, "
+        f"{'rotary' if c.rotary else 'learned'} positions, context of {c.block_size} tokens"
+    }
+    rows |= (
+        run_rows(path, state)
+        if "config" in state
+        else {"weights": f"from {Path(state.get('source', '?')).name}"}
+    )
+    rows["written by"] = ", ".join(
+        f"{name} {version}" for name, version in state["versions"].items()
+    )
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -228,7 +336,8 @@ model, tokenizer = (kind.from_pretrained("FOLDER") for kind in (AutoModelForCaus
 
 def run_rows(path: Path, state: dict) -> dict[str, str]:
     """What a checkpoint, and the last evaluation up to its step in its run's metrics.jsonl, where that is there, say of
-    the training. Raises UserError when metrics.jsonl cannot be read."""
+    the training. Raises UserError when metrics.jsonl cannot be read.
+    """
     cfg, step, found = dataclasses.asdict(TrainConfig()) | state["config"], state["step"], {}
     elsewhere = cfg["ckpt_dir"] and Path(cfg["ckpt_dir"]).resolve() == path.resolve().parent
     run_dir = Path(cfg["log_dir"], cfg["run_name"]) if elsewhere else path.resolve().parents[1]
@@ -237,17 +346,42 @@ def run_rows(path: Path, state: dict) -> dict[str, str]:
             if "val/loss" in record and record["step"] <= step:
                 found = record
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{run_dir}/metrics.jsonl cannot be read ({one_line(e)}); hint: without it, no figures are given")
+        raise UserError(
+            f"{run_dir}/metrics.jsonl cannot be read ({one_line(e)}); hint: without it, no figures are given"
+        )
     data, cfg["init_from"] = Path(cfg["data_root"]).name, Path(cfg["init_from"]).name
-    keys = ("preset", "init_from", "optimizer", "schedule", "max_lr", "min_lr", "warmup_steps", "weight_decay", "betas", "grad_norm_clip", "T",
-            "total_batch", "data_order", "data_seed", "seed")
-    rows = {"trained": f"{step:,} of {cfg['max_steps']:,} steps, {step * cfg['total_batch']:,} tokens of {data}",
-            "settings": ", ".join(f"{k} {f'{v:g}' if isinstance(v := cfg[k], float) else v}" for k in keys if cfg[k] != "")}
+    keys = (
+        "preset",
+        "init_from",
+        "optimizer",
+        "schedule",
+        "max_lr",
+        "min_lr",
+        "warmup_steps",
+        "weight_decay",
+        "betas",
+        "grad_norm_clip",
+        "T",
+        "total_batch",
+        "data_order",
+        "data_seed",
+        "seed",
+    )
+    rows = {
+        "trained": f"{step:,} of {cfg['max_steps']:,} steps, {step * cfg['total_batch']:,} tokens of {data}",
+        "settings": ", ".join(
+            f"{k} {f'{v:g}' if isinstance(v := cfg[k], float) else v}" for k in keys if cfg[k] != ""
+        ),
+    }
     if found:
-        rows["validation loss"] = f"{found['val/loss']:.4f} nats per token, at step {found['step']:,}"
+        rows["validation loss"] = (
+            f"{found['val/loss']:.4f} nats per token, at step {found['step']:,}"
+        )
     if found.get("val/hella_norm") is not None:
-        rows["HellaSwag"] = (f"acc_norm {found['val/hella_norm']:.4f} ± {found['val/hella_se']:.4f}, by mean loss per token, "
-                             f"at step {found['step']:,}, {cfg['hellaswag_limit']:,} items")
+        rows["HellaSwag"] = (
+            f"acc_norm {found['val/hella_norm']:.4f} ± {found['val/hella_se']:.4f}, by mean loss per token, "
+            f"at step {found['step']:,}, {cfg['hellaswag_limit']:,} items"
+        )
     return rows
 
 
@@ -258,12 +392,15 @@ def run_rows(path: Path, state: dict) -> dict[str, str]:
 @contextmanager
 def new_folder(out: str):
     """A folder to write into: named `out` when the block ends well, gone when it does not. Raises UserError when
-    something is there already, or cannot be written."""
+    something is there already, or cannot be written.
+    """
     final = Path(out).resolve()  # "." has a name, too
     temporary = final.parent / f".{final.name}.tmp"
     try:
         if final.exists() and (not final.is_dir() or any(final.iterdir())):
-            raise UserError(f"{out} is there already, expected a new or an empty directory; hint: another OUT")
+            raise UserError(
+                f"{out} is there already, expected a new or an empty directory; hint: another OUT"
+            )
         shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
         temporary.mkdir(parents=True)
         yield temporary
@@ -304,20 +441,36 @@ def export(run: tyro.conf.Positional[str], out: tyro.conf.Positional[str]):
         model = checkpoint.empty_model(path, state := checkpoint.read_state(path))
         checkpoint.load_weights(path, model)
         config, weights = layout(model)
-        architecture, parameters = config["architectures"][0], sum(w.numel() for w in weights.values())
+        architecture, parameters = (
+            config["architectures"][0],
+            sum(w.numel() for w in weights.values()),
+        )
         card = model_card(path, state, model.config, architecture, parameters)
         files = {"config.json": json.dumps(config, indent=1), "README.md": card}
         if has_tokenizer := config["eos_token_id"] == EOT:
             files |= hugging_face_files(model.config.block_size)
         for file, text in files.items():
             (folder / file).write_text(text, encoding="utf-8")
-        save_file({k: w.contiguous() for k, w in weights.items()}, to := folder / "model.safetensors", {"format": "pt"})
-        shutil.copymode(folder / "config.json", to)  # safetensors writes files that the owner alone may read
-    print(f"exported | {path} -> {out} | {architecture}, {config['vocab_size']:,} rows of vocabulary"
-          + ("" if has_tokenizer else f", fewer than GPT-2's {N_VOCAB:,}: no tokenizer with it"))
+        save_file(
+            {k: w.contiguous() for k, w in weights.items()},
+            to := folder / "model.safetensors",
+            {"format": "pt"},
+        )
+        shutil.copymode(
+            folder / "config.json", to
+        )  # safetensors writes files that the owner alone may read
+    print(
+        f"exported | {path} -> {out} | {architecture}, {config['vocab_size']:,} rows of vocabulary"
+        + ("" if has_tokenizer else f", fewer than GPT-2's {N_VOCAB:,}: no tokenizer with it")
+    )
 
 
 if __name__ == "__main__":
-    command_line(lambda: tyro.extras.subcommand_cli_from_dict(
-        {"import": import_, "export": export}, description=__doc__, use_underscores=True,
-        config=(tyro.conf.FlagConversionOff,)))
+    command_line(
+        lambda: tyro.extras.subcommand_cli_from_dict(
+            {"import": import_, "export": export},
+            description=__doc__,
+            use_underscores=True,
+            config=(tyro.conf.FlagConversionOff,),
+        )
+    )

@@ -17,8 +17,22 @@ def compiled(source: str) -> ctypes.CDLL | str:
     with tempfile.TemporaryDirectory() as folder:
         library = f"{folder}/kernels.so"
         try:
-            subprocess.run(["g++", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", Path(__file__).with_name(source),
-                            "-o", library], check=True, capture_output=True, text=True)
+            subprocess.run(
+                [
+                    "g++",
+                    "-O3",
+                    "-march=native",
+                    "-fopenmp",
+                    "-shared",
+                    "-fPIC",
+                    Path(__file__).with_name(source),
+                    "-o",
+                    library,
+                ],
+                check=True,
+                capture_output=True,
+                text=True,
+            )
             return ctypes.CDLL(library)
         except (OSError, subprocess.CalledProcessError) as e:
             return one_line(e)
@@ -36,10 +50,13 @@ def speed_up(model, dtype: torch.dtype) -> bool:
     61 and 190; on two cores with AMX 50 and 133 in bfloat16). False where there is none for them.
     """
     from torch._inductor import config  # takes a second
+
     if hasattr(config.cpp, "use_decompose_tanh"):
         config.cpp.use_decompose_tanh = True
     D = model.config.n_embd // model.config.n_head
-    if D % 32 or not hasattr(compiled("attention.cpp"), f"forward_{str(dtype).removeprefix('torch.')}"):
+    if D % 32 or not hasattr(
+        compiled("attention.cpp"), f"forward_{str(dtype).removeprefix('torch.')}"
+    ):
         return False
     for block in model.h:
         block.attn.causal = attention
@@ -48,14 +65,20 @@ def speed_up(model, dtype: torch.dtype) -> bool:
 
 def run(name: str, *tensors: torch.Tensor):
     """Call a function of attention.cpp: tensors (B, H, T, D) of one type, whose last stride is 1."""
-    described = (ctypes.c_long * (4 * len(tensors)))(*(n for x in tensors for n in (x.data_ptr(), *x.stride()[:3])))
-    call = getattr(compiled("attention.cpp"), f"{name}_{str(tensors[0].dtype).removeprefix('torch.')}")
+    described = (ctypes.c_long * (4 * len(tensors)))(
+        *(n for x in tensors for n in (x.data_ptr(), *x.stride()[:3]))
+    )
+    call = getattr(
+        compiled("attention.cpp"), f"{name}_{str(tensors[0].dtype).removeprefix('torch.')}"
+    )
     call(described, *map(ctypes.c_long, tensors[0].shape))
 
 
 def like_heads(x: torch.Tensor) -> torch.Tensor:
     """Room for (B, H, T, D) that lies in memory as (B, T, H, D), as the layers before and after have it."""
-    return torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+    return torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(
+        1, 2
+    )
 
 
 def rows(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -76,7 +99,9 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
 
 
 @torch.library.custom_op("gpt2::attention_backward", mutates_args=())
-def attention_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dy: torch.Tensor) -> list[torch.Tensor]:
+def attention_backward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dy: torch.Tensor
+) -> list[torch.Tensor]:
     """Gradients of q, k and v from that of the output."""
     gradients = [like_heads(q) for _ in "qkv"]
     run("backward", *rows(q, k, v, dy), *gradients)
@@ -85,5 +110,7 @@ def attention_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dy: to
 
 attention.register_fake(lambda q, k, v: like_heads(q))
 attention_backward.register_fake(lambda q, k, v, dy: [like_heads(q) for _ in "qkv"])
-attention.register_autograd(lambda ctx, dy: tuple(attention_backward(*ctx.saved_tensors, dy)),
-                            setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+attention.register_autograd(
+    lambda ctx, dy: tuple(attention_backward(*ctx.saved_tensors, dy)),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)

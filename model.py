@@ -34,7 +34,9 @@ class GPTConfig:
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
-    use_rope: bool = False  # rotary positions in each attention layer instead of a learned table at the input
+    use_rope: bool = (
+        False  # rotary positions in each attention layer instead of a learned table at the input
+    )
     use_swiglu: bool = False  # gated MLP of width 8/3 C instead of the tanh-GELU MLP of width 4 C (same parameters)
     arch: Literal["gpt2", "modern"] = "gpt2"  # modern: all of its parts together, RoPE included
 
@@ -51,13 +53,17 @@ class GPTConfig:
 # rotary position embedding
 
 
-def rope_tables(positions: torch.Tensor, head_dim: int, base: float = 10000.0) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_tables(
+    positions: torch.Tensor, head_dim: int, base: float = 10000.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines of RoPE (Su et al. 2021) at positions (..., T), each (..., T, D/2), float32.
 
     Pair i turns by base**(-2i/D) radians per position. Computed in each forward pass (a few microseconds beside
     milliseconds of matmul, and free once compiled) so that no buffer has to be stored, moved or resized.
     """
-    freq = base ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)  # (D/2,)
+    freq = base ** (
+        -torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    )  # (D/2,)
     angle = positions.float()[..., None] * freq  # (..., T, D/2)
     return angle.cos(), angle.sin()
 
@@ -85,7 +91,9 @@ class KVCache:
     def __init__(self, config: GPTConfig, B: int, size: int, device=None, dtype=None):
         shape = config.n_layer, B, config.n_head, size, config.n_embd // config.n_head
         self.size, self.lengths = size, torch.zeros(B, dtype=torch.int64, device=device)
-        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in "kv")  # (n_layer, B, H, size, D)
+        self.k, self.v = (
+            torch.zeros(shape, device=device, dtype=dtype) for _ in "kv"
+        )  # (n_layer, B, H, size, D)
 
     def update(self, layer: int, S: int, positions: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
         """Store k and v (B, H, T, D) of a layer at positions (B, T); its first S slots, (B, H, S, D) each."""
@@ -102,7 +110,12 @@ class KVCache:
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """F.linear, but by torch.mv for a single row on the CPU, where one token is decoded as fast as weights are read."""
-    if x.numel() > x.shape[-1] or not x.is_cpu or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+    if (
+        x.numel() > x.shape[-1]
+        or not x.is_cpu
+        or torch.is_autocast_enabled("cpu")
+        or torch.compiler.is_compiling()
+    ):
         return F.linear(x, weight, bias)
     y = torch.mv(weight, x.flatten()) if bias is None else torch.addmv(bias, weight, x.flatten())
     return y.view(*x.shape[:-1], -1)
@@ -140,7 +153,9 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head, self.qk_norm = config.n_head, config.modern
-        self.causal = partial(F.scaled_dot_product_attention, is_causal=True)  # for a CPU kernels.py has a faster one
+        self.causal = partial(
+            F.scaled_dot_product_attention, is_causal=True
+        )  # for a CPU kernels.py has a faster one
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=not config.modern)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=not config.modern)
 
@@ -150,11 +165,17 @@ class Attention(nn.Module):
         q, k, v = map(heads, self.c_attn(x).split(C, dim=2))
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        if self.qk_norm:  # Henry et al. 2020: however large the weights become, no score exceeds sqrt(D)
+        if (
+            self.qk_norm
+        ):  # Henry et al. 2020: however large the weights become, no score exceeds sqrt(D)
             q, k = rms_norm(q), rms_norm(k)
         if kept is not None:
             k, v = kept(k, v)  # (B, H, S, D)
-        y = self.causal(q, k, v) if mask is None else F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, T, D)
+        y = (
+            self.causal(q, k, v)
+            if mask is None
+            else F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        )  # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -205,7 +226,9 @@ class Block(nn.Module):
         self.ln_1 = norm(config)
         self.attn = Attention(config)
         self.ln_2 = norm(config)
-        self.mlp = (ReluSquaredMLP if config.modern else SwiGLU if config.use_swiglu else GeluMLP)(config)
+        self.mlp = (ReluSquaredMLP if config.modern else SwiGLU if config.use_swiglu else GeluMLP)(
+            config
+        )
 
     def forward(self, x, rope, mask, kept=None):
         x = x + self.attn(self.ln_1(x), rope, mask, kept)
@@ -226,8 +249,10 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         if config.n_embd % config.n_head or (config.rotary and config.n_embd // config.n_head % 2):
-            raise ValueError(f"n_embd {config.n_embd} does not divide into n_head {config.n_head} heads"
-                             + " of even width" * config.rotary)
+            raise ValueError(
+                f"n_embd {config.n_embd} does not divide into n_head {config.n_head} heads"
+                + " of even width" * config.rotary
+            )
         self.config = config
         self.recompute = False  # True: keep only each block's input, and compute the rest again in the backward pass
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
@@ -238,7 +263,11 @@ class GPT(nn.Module):
         if config.modern:
             self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         for name, p in self.named_parameters():
-            if name.endswith("bias") or config.modern and name.endswith(("c_proj.weight", "lm_head.weight")):
+            if (
+                name.endswith("bias")
+                or config.modern
+                and name.endswith(("c_proj.weight", "lm_head.weight"))
+            ):
                 nn.init.zeros_(p)
             elif config.modern:
                 # wte is normalised at once, and 1 suits its learning rate of 0.7; 1/sqrt(3 C), what torch gives a linear
@@ -251,8 +280,13 @@ class GPT(nn.Module):
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
 
-    def trunk(self, idx: torch.Tensor, positions: torch.Tensor | None = None, mask: torch.Tensor | None = None,
-              cache: KVCache | None = None):
+    def trunk(
+        self,
+        idx: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+    ):
         """Token ids (B, T) to the normalised residual stream (B, T, C), ready for the head.
 
         Rows that hold several texts say so: positions (B, T), all below block_size, in place of 0..T-1; mask (B, 1, T, T),
@@ -260,16 +294,22 @@ class GPT(nn.Module):
         the tokens in it: they are seen, too, and idx is added. There must be room, and no position beyond block_size.
         """
         T = idx.shape[1]
-        if positions is None and T > self.config.block_size:
+        if positions is None and self.config.block_size < T:
             raise ValueError(f"sequence of {T} tokens exceeds block_size {self.config.block_size}")
         if cache is not None:
             positions = cache.lengths[:, None] + torch.arange(T, device=idx.device)  # (B, T)
             # on the CPU no more slots than are in use (sixteen rows, half full: attention in half the time); a GPU would
             # have to be waited for, and a compiled step has one shape
-            S = int(positions.max()) + 1 if idx.is_cpu and not torch.compiler.is_compiling() else cache.size
+            S = (
+                int(positions.max()) + 1
+                if idx.is_cpu and not torch.compiler.is_compiling()
+                else cache.size
+            )
             hidden = torch.arange(S, device=idx.device) > positions[..., None]  # (B, T, S)
             # added to the scores: of a mask of bools each layer would make such numbers
-            mask = torch.zeros(hidden.shape, device=idx.device, dtype=cache.k.dtype).masked_fill(hidden, -torch.inf)[:, None]
+            mask = torch.zeros(hidden.shape, device=idx.device, dtype=cache.k.dtype).masked_fill(
+                hidden, -torch.inf
+            )[:, None]
             cache.lengths += T
         x, rope = self.wte(idx), None  # (B, T, C)
         if self.config.modern:
@@ -283,7 +323,9 @@ class GPT(nn.Module):
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, mask, use_reentrant=False)
             else:
-                x = block(x, rope, mask, None if cache is None else partial(cache.update, i, S, positions))
+                x = block(
+                    x, rope, mask, None if cache is None else partial(cache.update, i, S, positions)
+                )
         return self.ln_f(x)
 
     @property
@@ -302,7 +344,9 @@ class GPT(nn.Module):
         """
         return 30 * torch.sigmoid(logits.float() * (2 / 15)) - 15 if self.config.modern else logits
 
-    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, reduction: str = "mean") -> torch.Tensor:
+    def forward(
+        self, idx: torch.Tensor, targets: torch.Tensor | None = None, reduction: str = "mean"
+    ) -> torch.Tensor:
         """Loss in nats when targets (B, T) are given, otherwise logits (B, T, V).
 
         Targets of -1 do not count. reduction as in F.cross_entropy; "none" gives (B, T). Never both loss and logits:
@@ -311,7 +355,9 @@ class GPT(nn.Module):
         logits = self.head(self.trunk(idx))  # (B, T, V)
         if targets is None:
             return logits
-        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=reduction)
+        loss = F.cross_entropy(
+            logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=reduction
+        )
         return loss.view_as(targets) if reduction == "none" else loss
 
     def num_params(self) -> int:
@@ -323,5 +369,7 @@ class GPT(nn.Module):
 
         N counts the parameters that take part in a matmul: the head does, tied or not, the look-ups in wte and wpe do not.
         """
-        N = self.head_weight.numel() + sum(p.numel() for b in self.h for p in b.parameters() if p.dim() == 2)
+        N = self.head_weight.numel() + sum(
+            p.numel() for b in self.h for p in b.parameters() if p.dim() == 2
+        )
         return 6 * N + 12 * self.config.n_layer * self.config.n_embd * T

@@ -30,7 +30,9 @@ def linear(step: int, max_lr: float, min_lr: float, warmup_steps: int, max_steps
     return (1 - done) * max_lr + done * min_lr  # exact at both ends
 
 
-def constant_linear(step: int, max_lr: float, min_lr: float, warmup_steps: int, max_steps: int, decay: float = 0.7) -> float:
+def constant_linear(
+    step: int, max_lr: float, min_lr: float, warmup_steps: int, max_steps: int, decay: float = 0.7
+) -> float:
     """max_lr, then a straight line to min_lr over the last `decay` of the steps (0.7: modded-nanogpt's readable script)."""
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps
@@ -55,14 +57,18 @@ def set_rates(optimizer: torch.optim.Optimizer, lr: float, step: int, max_steps:
 # AdamW
 
 
-def adamw(model: torch.nn.Module, lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
+def adamw(
+    model: torch.nn.Module, lr: float, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices and embeddings only: pulling biases and norms to 0 has no purpose.
 
     eps 1e-8 as in the published runs. Fused: one kernel over all parameters (CPU and CUDA).
     """
     params = list(model.parameters())
-    groups = [dict(params=[p for p in params if p.dim() >= 2], weight_decay=weight_decay),
-              dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
+    groups = [
+        dict(params=[p for p in params if p.dim() >= 2], weight_decay=weight_decay),
+        dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0),
+    ]
     fused = params[0].device.type in ("cpu", "cuda")
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8, fused=fused)
 
@@ -77,9 +83,17 @@ def build(cfg, model: torch.nn.Module, dtype: torch.dtype) -> torch.optim.Optimi
         return adamw(model, cfg.max_lr, cfg.betas, cfg.weight_decay)
     fused = next(model.parameters()).device.type in ("cpu", "cuda")
     # eps, and a decay of 0.001, as in the script that the rates are from (config.py)
-    others = torch.optim.AdamW([dict(params=[model.wte.weight], scale=cfg.embed_lr / cfg.max_lr),
-                                dict(params=[model.lm_head.weight], scale=cfg.head_lr / cfg.max_lr)],
-                               lr=cfg.max_lr, betas=cfg.betas, eps=1e-10, weight_decay=0.001, fused=fused)
+    others = torch.optim.AdamW(
+        [
+            dict(params=[model.wte.weight], scale=cfg.embed_lr / cfg.max_lr),
+            dict(params=[model.lm_head.weight], scale=cfg.head_lr / cfg.max_lr),
+        ],
+        lr=cfg.max_lr,
+        betas=cfg.betas,
+        eps=1e-10,
+        weight_decay=0.001,
+        fused=fused,
+    )
     return Muon(dict(model.h.named_parameters()), others, cfg.max_lr, cfg.weight_decay, dtype)
 
 
@@ -92,12 +106,24 @@ class Muon(torch.optim.Optimizer):
     writes a checkpoint, from which any number goes on.
     """
 
-    def __init__(self, matrices: dict[str, torch.nn.Parameter], others: torch.optim.AdamW, lr: float, weight_decay: float,
-                 dtype: torch.dtype):
-        super().__init__([dict(params=list(matrices.values()))],
-                         dict(lr=lr, weight_decay=weight_decay, momentum=0.95, fused=others.defaults["fused"]))
+    def __init__(
+        self,
+        matrices: dict[str, torch.nn.Parameter],
+        others: torch.optim.AdamW,
+        lr: float,
+        weight_decay: float,
+        dtype: torch.dtype,
+    ):
+        super().__init__(
+            [dict(params=list(matrices.values()))],
+            dict(lr=lr, weight_decay=weight_decay, momentum=0.95, fused=others.defaults["fused"]),
+        )
         self.parts = {p: 3 if "c_attn" in name else 1 for name, p in matrices.items()}
-        self.others, self.dtype, others.state = others, dtype, self.state  # one state and one list of groups for both
+        self.others, self.dtype, others.state = (
+            others,
+            dtype,
+            self.state,
+        )  # one state and one list of groups for both
         self.param_groups += others.param_groups
 
     @torch.no_grad()
@@ -111,7 +137,9 @@ class Muon(torch.optim.Optimizer):
         for p in group["params"]:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            for part in zip(*(t.chunk(self.parts[p]) for t in (p, p.grad, self.state[p]["momentum_buffer"]))):
+            for part in zip(
+                *(t.chunk(self.parts[p]) for t in (p, p.grad, self.state[p]["momentum_buffer"]))
+            ):
                 by_shape[part[0].shape].append(part)
         for (rows, columns), parts in by_shape.items():
             weights, grads, momenta = map(list, zip(*parts))
@@ -128,9 +156,12 @@ class Muon(torch.optim.Optimizer):
 
     def orthogonal(self, x: torch.Tensor) -> torch.Tensor:
         """newton_schulz() of each matrix of x (n, rows, columns), float32; the same on all processes, which share the work."""
-        n, (rank, world) = len(x), (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        n, (rank, world) = (
+            len(x),
+            (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1),
+        )
         share = -(-n // world)
-        mine = newton_schulz(x[rank * share: (rank + 1) * share].to(self.dtype))
+        mine = newton_schulz(x[rank * share : (rank + 1) * share].to(self.dtype))
         if world == 1:
             return mine.float()
         mine = F.pad(mine, (0, 0, 0, 0, 0, share - len(mine)))
@@ -182,7 +213,9 @@ def step_if(healthy: torch.Tensor, optimizer: torch.optim.Optimizer):
         optimizer.step()
 
 
-def add_in_order(parameters: list[torch.nn.Parameter], loss: torch.Tensor, sums: list | None) -> list[torch.Tensor]:
+def add_in_order(
+    parameters: list[torch.nn.Parameter], loss: torch.Tensor, sums: list | None
+) -> list[torch.Tensor]:
     """sums + this micro-batch's gradients and loss, of all processes one after the other; takes the gradients away.
 
     Floating-point sums depend on their order. Here it is that of the micro-batches in the global batch, however many

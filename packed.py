@@ -23,9 +23,15 @@ class PackedLinear(nn.Module):
         self.N, self.K = weight.shape
         padded = torch.zeros(-(-self.N // 16) * 16, -(-self.K // 4) * 4)  # the kernel's steps
         padded[: self.N, : self.K] = weight
-        scale = (padded.abs().amax(1) / 127).clamp(min=1e-12) if dtype == torch.int8 else torch.ones(len(padded))
+        scale = (
+            (padded.abs().amax(1) / 127).clamp(min=1e-12)
+            if dtype == torch.int8
+            else torch.ones(len(padded))
+        )
         padded = (padded / scale[:, None]).round() if dtype == torch.int8 else padded
-        blocks = padded.to(dtype).view(-1, 16, padded.shape[1]).transpose(1, 2).contiguous()  # (N/16, K, 16)
+        blocks = (
+            padded.to(dtype).view(-1, 16, padded.shape[1]).transpose(1, 2).contiguous()
+        )  # (N/16, K, 16)
         self.register_buffer("weight", blocks)
         self.register_buffer("scale", scale)
         self.register_buffer("bias", torch.zeros(len(padded)))
@@ -36,16 +42,23 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         M, (blocks, K, _) = x.numel() // self.K, self.weight.shape
-        columns = nn.functional.pad(x.reshape(M, self.K).float(), (0, K - self.K)).t().contiguous()  # (K, M)
+        columns = (
+            nn.functional.pad(x.reshape(M, self.K).float(), (0, K - self.K)).t().contiguous()
+        )  # (K, M)
         y = torch.empty(M, 16 * blocks)
-        self.run(ctypes.c_void_p(columns.data_ptr()), *self.fixed, ctypes.c_void_p(y.data_ptr()),
-                 *map(ctypes.c_long, (M, K, 16 * blocks)))
+        self.run(
+            ctypes.c_void_p(columns.data_ptr()),
+            *self.fixed,
+            ctypes.c_void_p(y.data_ptr()),
+            *map(ctypes.c_long, (M, K, 16 * blocks)),
+        )
         return y[:, : self.N].view(*x.shape[:-1], self.N)
 
 
 class PackedGPT(GPT):
     """A float32 model on the CPU with packed weights in all its matmuls. The rest it shares with the given one, the
-    embedding's look-up included (float32: a token reads one row of it)."""
+    embedding's look-up included (float32: a token reads one row of it).
+    """
 
     def __init__(self, model: GPT, dtype: torch.dtype):
         with torch.device("meta"):

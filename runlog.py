@@ -1,7 +1,7 @@
 """Records of a run: the console line, metrics.jsonl, curves.png, and Weights & Biases when wanted.
 
-    python runlog.py compare log/gpt2-rope log/gpt2-modern --x tokens --out compare.png    a table and a picture
-    python runlog.py curves --run_dir log/gpt2-rope                                         curves.png of a run, again
+python runlog.py compare log/gpt2-rope log/gpt2-modern --x tokens --out compare.png    a table and a picture
+python runlog.py curves --run_dir log/gpt2-rope                                         curves.png of a run, again
 """
 
 import dataclasses
@@ -27,15 +27,35 @@ from tokenizer import N_VOCAB
 
 def environment(device: torch.device, world_size: int) -> dict:
     """What a figure depends on beside the settings: versions, hardware, the commit, the command."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True,
-                            text=True).stdout.strip() if (Path(__file__).parent / ".git").exists() else ""
-    return dict(commit=commit, command=" ".join(sys.argv), python=platform.python_version(), torch=torch.__version__,
-                cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(), platform=platform.platform(),
-                device=torch.cuda.get_device_name(device) if device.type == "cuda"
-                else f"{device.type}, {os.cpu_count()} cores", threads=torch.get_num_threads(), world_size=world_size)
+    commit = (
+        subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+        if (Path(__file__).parent / ".git").exists()
+        else ""
+    )
+    return dict(
+        commit=commit,
+        command=" ".join(sys.argv),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        cuda=torch.version.cuda,
+        cudnn=torch.backends.cudnn.version(),
+        platform=platform.platform(),
+        device=torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type}, {os.cpu_count()} cores",
+        threads=torch.get_num_threads(),
+        world_size=world_size,
+    )
 
 
-def bigram_loss(train: Windows, val: Windows, val_tokens: int, largest: int = 5_000_000) -> float | None:
+def bigram_loss(
+    train: Windows, val: Windows, val_tokens: int, largest: int = 5_000_000
+) -> float | None:
     """Validation loss, nats per token, of counting which token follows which: what a network has to beat.
 
     p(b | a) = (n(ab) + k p(b)) / (n(a) + k) with p(b) = (n(b) + 1) / (N + V) (MacKay and Peto 1995); k is the best of
@@ -43,7 +63,9 @@ def bigram_loss(train: Windows, val: Windows, val_tokens: int, largest: int = 5_
     """
     if train.sizes.sum() > largest:
         return None
-    tokens = np.concatenate([np.fromfile(s.path, np.uint16, offset=s.start) for s in train.shards]).astype(np.int64)
+    tokens = np.concatenate(
+        [np.fromfile(s.path, np.uint16, offset=s.start) for s in train.shards]
+    ).astype(np.int64)
     rows = np.zeros((min(val_tokens // val.T, val.per_epoch()), val.T + 1), np.uint16)
     val.read(np.arange(len(rows)), rows)
     before, after = rows[:, :-1].ravel().astype(np.int64), rows[:, 1:].ravel().astype(np.int64)
@@ -54,8 +76,10 @@ def bigram_loss(train: Windows, val: Windows, val_tokens: int, largest: int = 5_
     wanted = before * V + after
     at = np.searchsorted(pairs, wanted).clip(max=len(pairs) - 1)
     n_pair = np.where(pairs[at] == wanted, counts[at], 0)
-    return min(float(-np.log((n_pair + k * p_after) / (single[before] + k)).mean())
-               for k in (10, 20, 50, 100, 200, 500, 1000))
+    return min(
+        float(-np.log((n_pair + k * p_after) / (single[before] + k)).mean())
+        for k in (10, 20, 50, 100, 200, 500, 1000)
+    )
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -66,8 +90,19 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    table = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "A10G": 70e12,
-             "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "B200": 2250e12}
+    table = {
+        "H200": 989e12,
+        "H100 PCIe": 756e12,
+        "H100 NVL": 835e12,
+        "H100": 989e12,
+        "A100": 312e12,
+        "A10G": 70e12,
+        "L40S": 362e12,
+        "L4": 121e12,
+        "RTX 4090": 165e12,
+        "RTX 3090": 71e12,
+        "B200": 2250e12,
+    }
     return next((peak for key, peak in table.items() if key in name), None)
 
 
@@ -92,7 +127,13 @@ class RunLog:
     """
 
     def __init__(self):
-        self.run_dir, self.wandb, self.file, self.waiting, self.lock = None, None, None, [], threading.Lock()
+        self.run_dir, self.wandb, self.file, self.waiting, self.lock = (
+            None,
+            None,
+            None,
+            [],
+            threading.Lock(),
+        )
 
     def open(self, run_dir: Path, resume_step: int = 0):
         """Raises UserError when another process writes there, before anything is changed."""
@@ -100,13 +141,20 @@ class RunLog:
         file = open(path, "r+b" if path.exists() else "w+b", buffering=0)
         try:
             import fcntl  # not on Windows
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go by the system when this process ends
+
+            fcntl.flock(
+                file, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # let go by the system when this process ends
         except BlockingIOError:
-            raise UserError(f"another process is writing to {run_dir}; hint: wait for it, or --run_name NEW")
+            raise UserError(
+                f"another process is writing to {run_dir}; hint: wait for it, or --run_name NEW"
+            )
         except (ImportError, OSError):  # a file system without locks
             pass
         self.run_dir, self.file = run_dir, file
-        kept = b"".join(line for line in self.file.read().splitlines(keepends=True) if keeps(line, resume_step))
+        kept = b"".join(
+            line for line in self.file.read().splitlines(keepends=True) if keeps(line, resume_step)
+        )
         self.file.seek(0)
         self.file.write(kept)
         self.file.truncate()
@@ -120,7 +168,9 @@ class RunLog:
         with self.lock:  # a thread that saves writes, too
             self.waiting.append(json.dumps(record).encode() + b"\n")
             self.flush()
-        if self.wandb is not None and "save_ms" not in record:  # that one comes late, and W&B takes no step that lies back
+        if (
+            self.wandb is not None and "save_ms" not in record
+        ):  # that one comes late, and W&B takes no step that lies back
             self.wandb.queue.put(record)
 
     def flush(self):
@@ -164,19 +214,26 @@ class RunLog:
 
 def keeps(line: bytes, resume_step: int) -> bool:
     """Whether a line of metrics.jsonl stays when a run goes on from a step (0: afresh): all up to the update that made
-    the checkpoint, and the saving itself; the evaluation that followed is done again."""
+    the checkpoint, and the saving itself; the evaluation that followed is done again.
+    """
     try:
         record = json.loads(line)
     except ValueError:  # a line cut off by a crash
         return False
-    return record["step"] < resume_step or (record["step"] == resume_step > 0 and "val/loss" not in record)
+    return record["step"] < resume_step or (
+        record["step"] == resume_step > 0 and "val/loss" not in record
+    )
 
 
 def cut_samples(path: Path, resume_step: int):
     """Take the samples from resume_step on out of samples.txt: they will be drawn again, the same ones."""
     if path.exists():
         text = path.read_bytes()
-        again = [m.start() for m in re.finditer(rb"^=== step (\d+), sample", text, re.M) if int(m[1]) >= resume_step]
+        again = [
+            m.start()
+            for m in re.finditer(rb"^=== step (\d+), sample", text, re.M)
+            if int(m[1]) >= resume_step
+        ]
         os.truncate(path, min(again, default=len(text)))
 
 
@@ -184,7 +241,13 @@ class Meter:
     """Loss, gradient norm and speed of each step, kept on the device until a line is due: then one trip for all."""
 
     def __init__(self, cfg, flops: float, world: World, log: RunLog, say):
-        self.cfg, self.flops, self.world, self.log, self.say = cfg, flops, world, log, say  # flops: of one token
+        self.cfg, self.flops, self.world, self.log, self.say = (
+            cfg,
+            flops,
+            world,
+            log,
+            say,
+        )  # flops: of one token
         self.peak = peak_flops(world.device)
         self.in_a_row = 0  # steps skipped since the last good one
         self.restart()
@@ -193,7 +256,15 @@ class Meter:
         """Start the clock: what lay before (saving, evaluating, sampling) does not count."""
         self.pending, self.clock, self.waited = [], time.perf_counter(), 0.0
 
-    def add(self, step: int, lr: float, loss: torch.Tensor, norm: torch.Tensor, healthy: torch.Tensor, digest: int):
+    def add(
+        self,
+        step: int,
+        lr: float,
+        loss: torch.Tensor,
+        norm: torch.Tensor,
+        healthy: torch.Tensor,
+        digest: int,
+    ):
         self.pending.append((step, lr, torch.stack([loss, norm, healthy.float()]), digest % 2**64))
 
     def flush(self):
@@ -201,27 +272,48 @@ class Meter:
         if not self.pending:
             return
         cfg, n = self.cfg, len(self.pending)
-        numbers = torch.stack([p[2] for p in self.pending]).tolist()  # here the host waits for the device
+        numbers = torch.stack(
+            [p[2] for p in self.pending]
+        ).tolist()  # here the host waits for the device
         dt = (time.perf_counter() - self.clock) / n
         tok_s = cfg.total_batch / dt
         mfu = tok_s * self.flops / (self.peak * self.world.world_size) if self.peak else None
         hashes = self.hashes() if cfg.batch_hashes else [{}] * n
-        for (step, lr, _, _), (loss, norm, healthy), batch_hash in zip(self.pending, numbers, hashes):
-            record = {"step": step, "train/loss": loss if healthy else None, "train/lr": lr,
-                      "train/norm": norm if healthy else None, **batch_hash}
+        for (step, lr, _, _), (loss, norm, healthy), batch_hash in zip(
+            self.pending, numbers, hashes
+        ):
+            record = {
+                "step": step,
+                "train/loss": loss if healthy else None,
+                "train/lr": lr,
+                "train/norm": norm if healthy else None,
+                **batch_hash,
+            }
             if not healthy:
                 first = (step - 1) * (cfg.total_batch // cfg.T)
-                record |= {"skipped": f"loss {loss}, norm {norm}", "windows": [first, first + cfg.total_batch // cfg.T - 1]}
-                self.say(f"step {step} | skipped, no update: {record['skipped']} | windows {record['windows']}")
+                record |= {
+                    "skipped": f"loss {loss}, norm {norm}",
+                    "windows": [first, first + cfg.total_batch // cfg.T - 1],
+                }
+                self.say(
+                    f"step {step} | skipped, no update: {record['skipped']} | windows {record['windows']}"
+                )
             self.in_a_row = 0 if healthy else self.in_a_row + 1
-            self.log.write(record | {"dt_ms": dt * 1e3, "data_ms": self.waited / n * 1e3, "tok_s": tok_s, "mfu": mfu})
-        self.say(f"step {step}/{cfg.max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {dt * 1e3:.0f} ms | "
-                 f"{tok_s:,.0f} tok/s{f' | mfu {mfu:.1%}' if mfu else ''} | {remaining(dt * (cfg.max_steps - step))} left")
+            self.log.write(
+                record
+                | {"dt_ms": dt * 1e3, "data_ms": self.waited / n * 1e3, "tok_s": tok_s, "mfu": mfu}
+            )
+        self.say(
+            f"step {step}/{cfg.max_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {dt * 1e3:.0f} ms | "
+            f"{tok_s:,.0f} tok/s{f' | mfu {mfu:.1%}' if mfu else ''} | {remaining(dt * (cfg.max_steps - step))} left"
+        )
         self.restart()
 
     def hashes(self) -> list[dict]:
         """--batch_hashes: sums over the processes modulo 2**64, added in halves so that nothing overflows."""
-        halves = all_sum(torch.tensor([[p[3] >> 32, p[3] & 0xFFFFFFFF] for p in self.pending])).tolist()
+        halves = all_sum(
+            torch.tensor([[p[3] >> 32, p[3] & 0xFFFFFFFF] for p in self.pending])
+        ).tolist()
         return [{"batch_hash": f"{((high << 32) + low) % 2**64:016x}"} for high, low in halves]
 
 
@@ -239,17 +331,26 @@ class Wandb:
 
     def __init__(self, cfg, run_id: str | None, run_dir: Path):
         self.id, self.queue = run_id, queue.SimpleQueue()
-        self.thread = threading.Thread(target=self.work, args=(cfg, run_dir), daemon=True, name="wandb")
+        self.thread = threading.Thread(
+            target=self.work, args=(cfg, run_dir), daemon=True, name="wandb"
+        )
         if cfg.wandb in ("online", "offline") or cfg.wandb == "auto" and wandb_logged_in():
             self.thread.start()
 
     def work(self, cfg, run_dir: Path):
         try:
             import wandb
-            run = wandb.init(project=cfg.wandb_project, name=cfg.run_name, id=self.id, resume="allow" if self.id else None,
-                             dir=run_dir, config=dataclasses.asdict(cfg),
-                             mode="offline" if cfg.wandb == "offline" else "online",
-                             settings=wandb.Settings(init_timeout=60, silent=True))
+
+            run = wandb.init(
+                project=cfg.wandb_project,
+                name=cfg.run_name,
+                id=self.id,
+                resume="allow" if self.id else None,
+                dir=run_dir,
+                config=dataclasses.asdict(cfg),
+                mode="offline" if cfg.wandb == "offline" else "online",
+                settings=wandb.Settings(init_timeout=60, silent=True),
+            )
             self.id = run.id
             say(f"wandb | {run.url or 'offline, in ' + str(run_dir / 'wandb')}")
             while record := self.queue.get():
@@ -266,40 +367,76 @@ class Wandb:
 
 def wandb_logged_in() -> bool:
     netrc = Path(os.environ.get("NETRC", Path.home() / (".netrc" if os.name != "nt" else "_netrc")))
-    return bool(os.environ.get("WANDB_API_KEY")) or netrc.exists() and "api.wandb.ai" in netrc.read_text(errors="replace")
+    return (
+        bool(os.environ.get("WANDB_API_KEY"))
+        or netrc.exists()
+        and "api.wandb.ai" in netrc.read_text(errors="replace")
+    )
 
 
 def read_metrics(run_dir: Path) -> list[dict]:
     """The records of a run, in the order written."""
     with open(Path(run_dir) / "metrics.jsonl") as f:
-        return [json.loads(line) for line in f if line.endswith("\n")]  # a crash may have cut the last one
+        return [
+            json.loads(line) for line in f if line.endswith("\n")
+        ]  # a crash may have cut the last one
 
 
 def curves(run_dir: Path):
     """Draw curves.png from metrics.jsonl: training and validation loss, HellaSwag when it was measured."""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
     records = read_metrics(run_dir)
     points = lambda key: [(r["step"], r[key]) for r in records if r.get(key) is not None]
-    train, val, hella, bigram = points("train/loss"), points("val/loss"), points("val/hella_norm"), points("val/bigram")
-    fig, axes = plt.subplots(1, 2 if hella else 1, figsize=(11 if hella else 7, 4), squeeze=False, layout="constrained")
+    train, val, hella, bigram = (
+        points("train/loss"),
+        points("val/loss"),
+        points("val/hella_norm"),
+        points("val/bigram"),
+    )
+    fig, axes = plt.subplots(
+        1, 2 if hella else 1, figsize=(11 if hella else 7, 4), squeeze=False, layout="constrained"
+    )
     left = axes[0][0]
     if train:
         left.plot(*zip(*train), color="#9ecae1", linewidth=1, label="training, one batch each")
     if val:
-        left.plot(*zip(*val), "o-", color="#08519c", markersize=3, label=f"validation, last {val[-1][1]:.4f}")
+        left.plot(
+            *zip(*val),
+            "o-",
+            color="#08519c",
+            markersize=3,
+            label=f"validation, last {val[-1][1]:.4f}",
+        )
     if bigram:
-        left.axhline(bigram[-1][1], color="#d95f0e", linestyle="--", linewidth=1,
-                     label=f"bigram model {bigram[-1][1]:.4f}")
+        left.axhline(
+            bigram[-1][1],
+            color="#d95f0e",
+            linestyle="--",
+            linewidth=1,
+            label=f"bigram model {bigram[-1][1]:.4f}",
+        )
     low = min(v for _, v in train + val) if train + val else 0
     high = max(v for _, v in train + val) if train + val else 1
-    left.set(title=Path(run_dir).name, xlabel="step (optimiser updates)", ylabel="loss (nats per token)",
-             ylim=(low - 0.1, min(high, low + 3.5) + 0.1))
+    left.set(
+        title=Path(run_dir).name,
+        xlabel="step (optimiser updates)",
+        ylabel="loss (nats per token)",
+        ylim=(low - 0.1, min(high, low + 3.5) + 0.1),
+    )
     left.legend(frameon=False)
     if hella:
         axes[0][1].plot(*zip(*hella), "o-", color="#08519c", markersize=3)
-        axes[0][1].axhline(0.294463, color="#d95f0e", linestyle="--", linewidth=1, label="OpenAI GPT-2 124M, 0.2945")
+        axes[0][1].axhline(
+            0.294463,
+            color="#d95f0e",
+            linestyle="--",
+            linewidth=1,
+            label="OpenAI GPT-2 124M, 0.2945",
+        )
         axes[0][1].set(title="HellaSwag", xlabel="step (optimiser updates)", ylabel="acc_norm")
         axes[0][1].legend(frameon=False)
     for ax in axes[0]:
@@ -313,6 +450,12 @@ if __name__ == "__main__":
     import tyro
 
     import compare
-    command_line(lambda: tyro.extras.subcommand_cli_from_dict(
-        {"compare": compare.main, "curves": curves}, description=__doc__, use_underscores=True,
-        config=(tyro.conf.FlagConversionOff,)))
+
+    command_line(
+        lambda: tyro.extras.subcommand_cli_from_dict(
+            {"compare": compare.main, "curves": curves},
+            description=__doc__,
+            use_underscores=True,
+            config=(tyro.conf.FlagConversionOff,),
+        )
+    )

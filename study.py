@@ -29,9 +29,27 @@ import tyro
 
 from config import UserError, command_line
 
-SHAPE = dict(n_layer=13, n_embd=256, n_head=4, T=256, B=8, total_batch=8192, data_order="global", val_tokens=65536,
-             eval_interval=64, save_interval=16, keep_last=1, hellaswag_limit=200, n_samples=0, wandb="off")
-SWEEPS = {"gpt2-modern": (0.0125, 0.025, 0.05), "gpt2-baseline": (5e-4, 1e-3, 2e-3), "gpt2-rope": (5e-4, 1e-3, 2e-3)}
+SHAPE = dict(
+    n_layer=13,
+    n_embd=256,
+    n_head=4,
+    T=256,
+    B=8,
+    total_batch=8192,
+    data_order="global",
+    val_tokens=65536,
+    eval_interval=64,
+    save_interval=16,
+    keep_last=1,
+    hellaswag_limit=200,
+    n_samples=0,
+    wandb="off",
+)
+SWEEPS = {
+    "gpt2-modern": (0.0125, 0.025, 0.05),
+    "gpt2-baseline": (5e-4, 1e-3, 2e-3),
+    "gpt2-rope": (5e-4, 1e-3, 2e-3),
+}
 SEEDS = (1, 2, 3)
 
 
@@ -49,8 +67,14 @@ class Run(NamedTuple):
         """What the run has beside its preset. Muon: embedding and head keep their rates' relation to that of the matrices."""
         own = dict(max_steps=steps, warmup_steps=steps * 6 // 128)
         if self.preset == "gpt2-modern":  # heads of 128, as in the preset
-            own = dict(max_steps=steps // 2, n_head=2, embed_lr=28 * self.lr, head_lr=0.16 * self.lr)
-        return SHAPE | own | dict(max_lr=self.lr, seed=self.seed, data_seed=self.seed, data_order=self.order)
+            own = dict(
+                max_steps=steps // 2, n_head=2, embed_lr=28 * self.lr, head_lr=0.16 * self.lr
+            )
+        return (
+            SHAPE
+            | own
+            | dict(max_lr=self.lr, seed=self.seed, data_seed=self.seed, data_order=self.order)
+        )
 
 
 @dataclass(frozen=True)
@@ -68,15 +92,22 @@ def train(run: Run, args: Study) -> float:
     """The last validation loss of a run: trained now, or from where it stopped, unless it is finished."""
     done = Path(args.log_dir, run.name, "finished.json")
     if not done.exists():
-        settings = run.settings(args.steps) | dict(run_name=run.name, log_dir=args.log_dir, data_root=args.data_root,
-                                                   device=args.device)
-        command = [str(Path(__file__).with_name("train_gpt2.py")), run.preset, *(str(x) for name, value in settings.items() for x in (f"--{name}", value))]
+        settings = run.settings(args.steps) | dict(
+            run_name=run.name, log_dir=args.log_dir, data_root=args.data_root, device=args.device
+        )
+        command = [
+            str(Path(__file__).with_name("train_gpt2.py")),
+            run.preset,
+            *(str(x) for name, value in settings.items() for x in (f"--{name}", value)),
+        ]
         print("$ python", shlex.join(command), flush=True)
         process = subprocess.Popen([sys.executable, *command])
         for number in (signal.SIGINT, signal.SIGTERM):  # the run saves, and we wait for it
             signal.signal(number, lambda *_: process.terminate())
         if process.wait() or not done.exists():
-            raise UserError(f"{run.name} ended with status {process.returncode}; hint: the same command again goes on with it")
+            raise UserError(
+                f"{run.name} ended with status {process.returncode}; hint: the same command again goes on with it"
+            )
     return json.loads(done.read_text())["val_loss"]
 
 
@@ -87,20 +118,30 @@ def sweep(preset: str, args: Study) -> dict[float, float]:
         beyond = best / 2 if best == min(losses) else best * 2
         losses[beyond] = train(Run(preset, beyond), args)
     losses = dict(sorted(losses.items(), key=lambda pair: pair[1]))
-    print(f"study | {preset} | " + ", ".join(f"lr {lr:g}: {loss:.4f}" for lr, loss in losses.items()), flush=True)
+    print(
+        f"study | {preset} | " + ", ".join(f"lr {lr:g}: {loss:.4f}" for lr, loss in losses.items()),
+        flush=True,
+    )
     return losses
 
 
 def ladder(baseline: float, rope: float) -> list[Run]:
     """The published steps: a careful learning rate, in the order of the files; documents shuffled; three times that rate;
-    SwiGLU at its share of RoPE's rate. (The global permutation and RoPE are among the tuned runs.)"""
-    return [Run("gpt2-baseline", baseline / 3, order="sequential"), Run("gpt2-periodicity-fix", baseline / 3, order="documents"),
-            Run("gpt2-lr-inc", baseline, order="documents"), Run("gpt2-swiglu", rope * 1.5 / 1.8)]
+    SwiGLU at its share of RoPE's rate. (The global permutation and RoPE are among the tuned runs.)
+    """
+    return [
+        Run("gpt2-baseline", baseline / 3, order="sequential"),
+        Run("gpt2-periodicity-fix", baseline / 3, order="documents"),
+        Run("gpt2-lr-inc", baseline, order="documents"),
+        Run("gpt2-swiglu", rope * 1.5 / 1.8),
+    ]
 
 
 def main(args: Study):
     if args.steps < 2:
-        raise UserError(f"steps is {args.steps}, must be at least 2: modern takes half of them; hint: --steps 128")
+        raise UserError(
+            f"steps is {args.steps}, must be at least 2: modern takes half of them; hint: --steps 128"
+        )
     best, runs = {}, []
 
     def add(more: list[Run]):
@@ -108,7 +149,9 @@ def main(args: Study):
             train(run, args)
         runs.extend(more)
 
-    for preset in SWEEPS:  # all tuned runs of a preset before the next preset: a stopped study has whole rows
+    for preset in (
+        SWEEPS
+    ):  # all tuned runs of a preset before the next preset: a stopped study has whole rows
         losses = sweep(preset, args)
         best[preset] = next(iter(losses))
         runs += [Run(preset, lr) for lr in losses]
@@ -116,10 +159,19 @@ def main(args: Study):
             add([Run(preset, best[preset], seed) for seed in SEEDS[1:]])
     if args.stage == "all":
         add(ladder(best["gpt2-baseline"], best["gpt2-rope"]))
-    runs.sort(key=lambda run: run[:2] != ("gpt2-baseline", best["gpt2-baseline"]))  # the others are compared with the first
+    runs.sort(
+        key=lambda run: run[:2] != ("gpt2-baseline", best["gpt2-baseline"])
+    )  # the others are compared with the first
     import compare
-    compare.main(tuple(str(Path(args.log_dir, run.name)) for run in runs), x="tokens", out=str(Path(args.log_dir, "compare.png")))
+
+    compare.main(
+        tuple(str(Path(args.log_dir, run.name)) for run in runs),
+        x="tokens",
+        out=str(Path(args.log_dir, "compare.png")),
+    )
 
 
 if __name__ == "__main__":
-    command_line(lambda: main(tyro.cli(Study, use_underscores=True, config=(tyro.conf.FlagConversionOff,))))
+    command_line(
+        lambda: main(tyro.cli(Study, use_underscores=True, config=(tyro.conf.FlagConversionOff,)))
+    )

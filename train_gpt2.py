@@ -27,9 +27,19 @@ its last act, finished.json.
 
 import sys
 
-from config import UserError, command_line, fit_warmup, from_command_line, one_line, preset, problems
+from config import (
+    UserError,
+    command_line,
+    fit_warmup,
+    from_command_line,
+    one_line,
+    preset,
+    problems,
+)
 
-if __name__ == "__main__":  # before torch is imported (2 s): --help and mistyped options are answered at once
+if (
+    __name__ == "__main__"
+):  # before torch is imported (2 s): --help and mistyped options are answered at once
     command_line(lambda: from_command_line(sys.argv[1:]))
 
 import dataclasses
@@ -49,12 +59,23 @@ import hellaswag
 import optim
 import runlog
 import shards
-from distributed import INTERRUPTED, Stop, Stopped, World, all_sum, autocast_dtype, compile_error, free_memory, \
-    from_first, out_of_memory, same_bits, setup
+from distributed import (
+    INTERRUPTED,
+    Stop,
+    Stopped,
+    World,
+    all_sum,
+    autocast_dtype,
+    compile_error,
+    free_memory,
+    from_first,
+    out_of_memory,
+    same_bits,
+    setup,
+)
 from kernels import speed_up
 from model import GPT, GPTConfig
 from tokenizer import N_VOCAB, token_bytes
-
 
 # --------------------------------------------------------------------------------------------------------------------
 # data
@@ -63,10 +84,13 @@ from tokenizer import N_VOCAB, token_bytes
 def open_data(cfg, world: World, say):
     """Windows of the training and validation split, and cfg with max_steps set from epochs. Raises UserError."""
     if cfg.preset == "shakespeare" and cfg.data_root == preset("shakespeare").data_root:
+
         def prepare_once():
             if not os.path.exists(os.path.join(cfg.data_root, "manifest.json")):
                 import prepare
+
                 prepare.shakespeare(cfg.data_root)
+
         from_first(prepare_once)
     files = {split: shards.open_shards(cfg.data_root, split, cfg.T) for split in ("train", "val")}
     train = shards.Windows(files["train"], cfg.T, cfg.data_order, cfg.data_seed, cfg.vocab_size)
@@ -80,14 +104,18 @@ def open_data(cfg, world: World, say):
         for note in [f"{cfg.epochs:g} epochs are {steps} steps"] + notes:
             say(f"config | {note}")
     step_windows, per_epoch = cfg.total_batch // cfg.T, train.per_epoch()
-    say(f"data | {cfg.data_root} | train {train.sizes.sum():,} tokens, shards: {len(train.shards)}, {per_epoch:,} windows"
+    say(
+        f"data | {cfg.data_root} | train {train.sizes.sum():,} tokens, shards: {len(train.shards)}, {per_epoch:,} windows"
         f" | {cfg.max_steps * step_windows / per_epoch:.2f} epochs, {cfg.data_order} order, "
         f"{train.left_out(0).sum():,} tokens left out of the first | "
-        f"val {min(cfg.val_tokens, val.per_epoch() * cfg.T):,} of {val.sizes.sum():,} tokens")
+        f"val {min(cfg.val_tokens, val.per_epoch() * cfg.T):,} of {val.sizes.sum():,} tokens"
+    )
     mine = int(shards.fingerprints(train.shards)[-1], 16) % 2**32
     if all_sum(torch.tensor(mine)).item() != mine * world.world_size:
-        raise UserError(f"the processes see different shards in {cfg.data_root}; hint: the same files on all machines, "
-                        "and no download going on while a run starts")
+        raise UserError(
+            f"the processes see different shards in {cfg.data_root}; hint: the same files on all machines, "
+            "and no download going on while a run starts"
+        )
     return train, val, cfg
 
 
@@ -98,23 +126,41 @@ def open_data(cfg, world: World, say):
 def build_model(cfg, say) -> GPT:
     """The raw model on the CPU: from --init_from, or fresh from --seed. Every process builds the same one."""
     if cfg.init_from:
-        if (Path(cfg.init_from) / "config.json").exists() and not (Path(cfg.init_from) / "metrics.jsonl").exists() \
-                or not Path(cfg.init_from).exists():
+        if (
+            (Path(cfg.init_from) / "config.json").exists()
+            and not (Path(cfg.init_from) / "metrics.jsonl").exists()
+            or not Path(cfg.init_from).exists()
+        ):
             import hf
+
             model = hf.from_pretrained(cfg.init_from)
         else:
             model = checkpoint.load_model(checkpoint.find(cfg.init_from))
         say(f"model | weights and shape from {cfg.init_from}")
     else:
         torch.manual_seed(cfg.seed)
-        model = GPT(GPTConfig(cfg.block_size, cfg.vocab_size, cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.use_rope,
-                              cfg.use_swiglu, cfg.arch))
+        model = GPT(
+            GPTConfig(
+                cfg.block_size,
+                cfg.vocab_size,
+                cfg.n_layer,
+                cfg.n_head,
+                cfg.n_embd,
+                cfg.use_rope,
+                cfg.use_swiglu,
+                cfg.arch,
+            )
+        )
     if cfg.optimizer == "muon" and not model.config.modern:
-        raise UserError(f"optimizer muon needs arch modern, {cfg.init_from} has arch {model.config.arch}; "
-                        "hint: --optimizer adamw --max_lr 6e-4")
-    if cfg.T > model.config.block_size:
-        raise UserError(f"T {cfg.T} exceeds the model's block_size {model.config.block_size}; "
-                        f"hint: --T {model.config.block_size}")
+        raise UserError(
+            f"optimizer muon needs arch modern, {cfg.init_from} has arch {model.config.arch}; "
+            "hint: --optimizer adamw --max_lr 6e-4"
+        )
+    if model.config.block_size < cfg.T:
+        raise UserError(
+            f"T {cfg.T} exceeds the model's block_size {model.config.block_size}; "
+            f"hint: --T {model.config.block_size}"
+        )
     return model
 
 
@@ -123,13 +169,21 @@ def fit_batch(cfg, model: GPT, train_model, world: World, autocast, held: int, s
 
     All processes try together, from an estimate downwards. Raises UserError when one sequence does not fit.
     """
-    c, sequences, free = model.config, cfg.total_batch // (cfg.T * world.world_size), free_memory(world.device)
+    c, sequences, free = (
+        model.config,
+        cfg.total_batch // (cfg.T * world.world_size),
+        free_memory(world.device),
+    )
     on_gpu = world.device.type == "cuda"
-    most = min(sequences, max(1, (131072 if on_gpu else 8192) // cfg.T))  # tokens beyond which speed gains nothing
+    most = min(
+        sequences, max(1, (131072 if on_gpu else 8192) // cfg.T)
+    )  # tokens beyond which speed gains nothing
     # bytes of a token in bf16: 34 C a layer (Korthikanti et al. 2022, without T x T attention), logits and gradients 8 V
     # or, where they are recomputed, 2 C a layer and one layer's 34 C
     layers = 2 * c.n_layer + 34 if cfg.recompute else 34 * c.n_layer
-    token = (layers * c.n_embd + 8 * c.vocab_size) * (1 if autocast_dtype(world.device, cfg.dtype) == torch.bfloat16 else 2)
+    token = (layers * c.n_embd + 8 * c.vocab_size) * (
+        1 if autocast_dtype(world.device, cfg.dtype) == torch.bfloat16 else 2
+    )
     # a GPU that is asked for too much says so; on a CPU the kernel kills, and a heap that keeps what is freed grows: by
     # 0.85 GB in three steps that have 0.41 GB in use at a time
     room = (1.5 if on_gpu else 0.4) * free - held
@@ -138,8 +192,10 @@ def fit_batch(cfg, model: GPT, train_model, world: World, autocast, held: int, s
         if B > 1 and B * cfg.T * token > room:
             return False
         try:
-            reserve, tokens = (torch.empty(held, dtype=torch.uint8, device=world.device),
-                               torch.zeros(B, cfg.T, dtype=torch.int64, device=world.device))
+            reserve, tokens = (
+                torch.empty(held, dtype=torch.uint8, device=world.device),
+                torch.zeros(B, cfg.T, dtype=torch.int64, device=world.device),
+            )
             with autocast():
                 train_model(tokens, tokens.clone()).backward()
             del reserve
@@ -153,13 +209,17 @@ def fit_batch(cfg, model: GPT, train_model, world: World, autocast, held: int, s
 
     for B in (b for b in range(most, 0, -1) if sequences % b == 0):
         if all_sum(torch.tensor(float(fits(B)))).item() == world.world_size:
-            say(f"batch | B = {B} is the largest that divides the batch and fits into {free / 1e9:.1f} GB")
+            say(
+                f"batch | B = {B} is the largest that divides the batch and fits into {free / 1e9:.1f} GB"
+            )
             return B
         torch._dynamo.reset()
         if on_gpu:
             torch.cuda.empty_cache()
-    raise UserError(f"not even one sequence of T = {cfg.T} fits into {free / 1e9:.1f} GB; hint: --recompute True, or --T "
-                    f"{cfg.T // 2}")
+    raise UserError(
+        f"not even one sequence of T = {cfg.T} fits into {free / 1e9:.1f} GB; hint: --recompute True, or --T "
+        f"{cfg.T // 2}"
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -169,10 +229,23 @@ def fit_batch(cfg, model: GPT, train_model, world: World, autocast, held: int, s
 class Evaluator:
     """All that is measured between steps: validation loss, HellaSwag, samples. Identical on any number of processes."""
 
-    def __init__(self, cfg, model, eval_model, val: shards.Windows, world: World, autocast, compiled, stop: Stop, say):
+    def __init__(
+        self,
+        cfg,
+        model,
+        eval_model,
+        val: shards.Windows,
+        world: World,
+        autocast,
+        compiled,
+        stop: Stop,
+        say,
+    ):
         self.cfg, self.model, self.eval_model, self.val = cfg, model, eval_model, val
         self.world, self.autocast, self.stop, self.say = world, autocast, stop, say
-        self.hella = hellaswag.for_training(cfg.hellaswag_limit, model, world, autocast, compiled, say)
+        self.hella = hellaswag.for_training(
+            cfg.hellaswag_limit, model, world, autocast, compiled, say
+        )
         self.token_bytes = token_bytes()
 
     @torch.no_grad()
@@ -191,13 +264,19 @@ class Evaluator:
             self.stop.ask(e)
             self.stop.poll()
         nats, tokens, n_bytes = all_sum(total).tolist()
-        record = {"step": step, "val/loss": nats / tokens, "val/bpb": nats / math.log(2) / n_bytes if n_bytes else None}
+        record = {
+            "step": step,
+            "val/loss": nats / tokens,
+            "val/bpb": nats / math.log(2) / n_bytes if n_bytes else None,
+        }
         line = f"step {step} | val loss {nats / tokens:.4f} | bits per byte {record['val/bpb'] or float('nan'):.4f}"
         if self.hella:
             result = self.hella(self.stop.poll)
             record |= {"val/hella_norm": result["acc_norm"], "val/hella_se": result["se"]}
-            line += (f" | HellaSwag acc_norm {result['acc_norm']:.4f} +- {result['se']:.4f} "
-                     f"({result['items']} items, {result['protocol']} protocol)")
+            line += (
+                f" | HellaSwag acc_norm {result['acc_norm']:.4f} +- {result['se']:.4f} "
+                f"({result['items']} items, {result['protocol']} protocol)"
+            )
         record["eval_ms"] = (time.perf_counter() - t0) * 1e3
         self.say(f"{line} | {record['eval_ms'] / 1e3:.1f} s")
         return record
@@ -205,18 +284,36 @@ class Evaluator:
     def samples(self, step: int, path: Path):
         """Texts of the first process, a function of (seed, step); appended to samples.txt."""
         cfg = self.cfg
-        if not cfg.n_samples or not cfg.sample_tokens or self.model.config.vocab_size < N_VOCAB or self.world.rank != 0:
+        if (
+            not cfg.n_samples
+            or not cfg.sample_tokens
+            or self.model.config.vocab_size < N_VOCAB
+            or self.world.rank != 0
+        ):
             return
         with self.autocast():
-            texts = generate.sample_texts(self.model, cfg.sample_prompt, cfg.n_samples, cfg.sample_tokens,
-                                          seed=cfg.seed * 1_000_003 + step, stopped=lambda: bool(self.stop.reason))
+            texts = generate.sample_texts(
+                self.model,
+                cfg.sample_prompt,
+                cfg.n_samples,
+                cfg.sample_tokens,
+                seed=cfg.seed * 1_000_003 + step,
+                stopped=lambda: bool(self.stop.reason),
+            )
         if self.stop.reason:  # cut short: drawn again when the run goes on
             return
         for i, text in enumerate(texts):
-            self.say(f"step {step} | sample {i} | " + (text if "\n" not in text else f"\n{text.strip()}\n"))
+            self.say(
+                f"step {step} | sample {i} | "
+                + (text if "\n" not in text else f"\n{text.strip()}\n")
+            )
         try:
             with open(path, "a", encoding="utf-8") as f:
-                f.write("".join(f"=== step {step}, sample {i}\n{text}\n" for i, text in enumerate(texts)))
+                f.write(
+                    "".join(
+                        f"=== step {step}, sample {i}\n{text}\n" for i, text in enumerate(texts)
+                    )
+                )
         except OSError as e:
             self.say(f"step {step} | samples.txt not written: {one_line(e)}")
 
@@ -235,13 +332,17 @@ def main():
     except Stopped:
         if stop.error:
             raise stop.error
-        say(f"interrupted by {stop.reason} before the first step, nothing was lost; to go on: the same command again")
+        say(
+            f"interrupted by {stop.reason} before the first step, nothing was lost; to go on: the same command again"
+        )
         status = INTERRUPTED
     except (RuntimeError, MemoryError) as e:
         if not out_of_memory(e):
             raise
-        raise UserError(f"out of memory with --B {cfg.B} --T {cfg.T} ({one_line(e)}); hint: a smaller --B or --B auto, then "
-                        "--recompute True") from None
+        raise UserError(
+            f"out of memory with --B {cfg.B} --T {cfg.T} ({one_line(e)}); hint: a smaller --B or --B auto, then "
+            "--recompute True"
+        ) from None
     finally:
         stop.close()
     if dist.is_initialized():
@@ -260,40 +361,63 @@ def run(cfg, notes: list[str], world: World, stop: Stop, say) -> int:
     for note in notes:
         say(f"config | {note}")
     if "RANK" in os.environ and world.device.type == "cuda" and cfg.preset == "shakespeare":
-        raise UserError("torchrun on GPUs needs a preset, the default is a toy; hint: torchrun ... train_gpt2.py gpt2-rope")
+        raise UserError(
+            "torchrun on GPUs needs a preset, the default is a toy; hint: torchrun ... train_gpt2.py gpt2-rope"
+        )
     own_store = os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1"
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not own_store:
-        say("torchrun | a restart may fail without TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in front (pytorch#135712)")
+        say(
+            "torchrun | a restart may fail without TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in front (pytorch#135712)"
+        )
     wrong = problems(cfg, world.world_size)
     try:
         if cfg.T > 0 and cfg.total_batch > 0:
             train, val, cfg = open_data(cfg, world, say)
     except UserError as e:
         wrong.append(str(e))
-    if wrong := wrong or problems(cfg, world.world_size):  # again: epochs may have changed max_steps
+    if wrong := wrong or problems(
+        cfg, world.world_size
+    ):  # again: epochs may have changed max_steps
         raise UserError("\n       ".join(wrong))
     run_dir = Path(cfg.log_dir) / cfg.run_name
     ckpt_dir = Path(cfg.ckpt_dir) if cfg.ckpt_dir else run_dir / "ckpt"
     found = None  # the checkpoint to go on from and its state, the same for all processes
     if not (cfg.eval_only and cfg.init_from):
         found = from_first(lambda: checkpoint.open_run(cfg, run_dir, ckpt_dir, say))
-    if found and cfg.epochs is not None:  # its length is that of the data it began with, whatever was downloaded since
+    if (
+        found and cfg.epochs is not None
+    ):  # its length is that of the data it began with, whatever was downloaded since
         begun = found[1]["config"]
-        cfg = dataclasses.replace(cfg, max_steps=begun["max_steps"], warmup_steps=begun["warmup_steps"])
+        cfg = dataclasses.replace(
+            cfg, max_steps=begun["max_steps"], warmup_steps=begun["warmup_steps"]
+        )
     trains = not (cfg.eval_only or cfg.dry_run)
-    if trains and found and found[1]["step"] == cfg.max_steps and checkpoint.finished(run_dir, cfg.max_steps):
-        say(f"already finished: {run_dir} has {cfg.max_steps} of {cfg.max_steps} steps; hint: --run_name "
-            f"{cfg.run_name}-2 starts anew, python generate.py --model {run_dir} samples from it")
+    if (
+        trains
+        and found
+        and found[1]["step"] == cfg.max_steps
+        and checkpoint.finished(run_dir, cfg.max_steps)
+    ):
+        say(
+            f"already finished: {run_dir} has {cfg.max_steps} of {cfg.max_steps} steps; hint: --run_name "
+            f"{cfg.run_name}-2 starts anew, python generate.py --model {run_dir} samples from it"
+        )
         return 0
 
     # model
     model = checkpoint.empty_model(*found) if found else build_model(cfg, say)
     model.to(world.device)
     dtype = autocast_dtype(world.device, cfg.dtype)
-    autocast = lambda: torch.autocast(world.device.type, dtype=dtype, enabled=dtype != torch.float32)
-    torch.set_float32_matmul_precision("high")  # TF32 for the few float32 matmuls on a GPU; no effect on the CPU
-    say(f"model | {model.num_params():,} parameters | {model.flops_per_token(cfg.T) / 1e6:.1f} MFLOP a token | "
-        f"{world.world_size} x {world.device.type}, {str(dtype).removeprefix('torch.')}")
+    autocast = lambda: torch.autocast(
+        world.device.type, dtype=dtype, enabled=dtype != torch.float32
+    )
+    torch.set_float32_matmul_precision(
+        "high"
+    )  # TF32 for the few float32 matmuls on a GPU; no effect on the CPU
+    say(
+        f"model | {model.num_params():,} parameters | {model.flops_per_token(cfg.T) / 1e6:.1f} MFLOP a token | "
+        f"{world.world_size} x {world.device.type}, {str(dtype).removeprefix('torch.')}"
+    )
     if cfg.dry_run:
         say(json.dumps(dataclasses.asdict(cfg), indent=1))
         return 0
@@ -304,35 +428,54 @@ def run(cfg, notes: list[str], world: World, stop: Stop, say) -> int:
     stop.poll()
     if compiled := cfg.use_compile:
         if why := compile_error(world.device):
-            say(f"compile | off, it does not work here ({why}); hint: install g++ and the Python headers")
+            say(
+                f"compile | off, it does not work here ({why}); hint: install g++ and the Python headers"
+            )
         compiled = not why
-    if compiled and world.device.type == "cpu":  # costs no time there, and without it two threads add up the embedding's
+    if (
+        compiled and world.device.type == "cpu"
+    ):  # costs no time there, and without it two threads add up the embedding's
         same_bits()  # gradient in the order in which they come by
         speed_up(model, dtype)
     train_model = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
     eval_model = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
     if cfg.B == "auto":
-        held = sum(4 * p.numel() for p in params) * (2 * (not found) + dist.is_initialized())  # AdamW's averages, DDP's sums
-        cfg = dataclasses.replace(cfg, B=fit_batch(cfg, model, train_model, world, autocast, held, say))
+        held = sum(4 * p.numel() for p in params) * (
+            2 * (not found) + dist.is_initialized()
+        )  # AdamW's averages, DDP's sums
+        cfg = dataclasses.replace(
+            cfg, B=fit_batch(cfg, model, train_model, world, autocast, held, say)
+        )
     micro_steps = cfg.total_batch // (cfg.B * cfg.T * world.world_size)
-    say(f"batch | {cfg.total_batch:,} tokens a step = micro-steps: {micro_steps} x rows: {cfg.B} x tokens: {cfg.T} x "
-        f"processes: {world.world_size}")
+    say(
+        f"batch | {cfg.total_batch:,} tokens a step = micro-steps: {micro_steps} x rows: {cfg.B} x tokens: {cfg.T} x "
+        f"processes: {world.world_size}"
+    )
     evaluate = Evaluator(cfg, model, eval_model, val, world, autocast, compiled, stop, say)
     if cfg.eval_only:
         evaluate(found[1]["step"] if found else 0)
         return 0
-    if averages := dist.is_initialized() and not cfg.deterministic:  # --deterministic adds gradients up by itself
-        train_model = DDP(train_model, device_ids=[world.device.index] if world.device.type == "cuda" else None)
+    if (
+        averages := dist.is_initialized() and not cfg.deterministic
+    ):  # --deterministic adds gradients up by itself
+        train_model = DDP(
+            train_model, device_ids=[world.device.index] if world.device.type == "cuda" else None
+        )
 
     # resume, records
     start_step, wandb_id, wandb, saver = 0, None, None, None
     if found:
         start_step, wandb_id = found[1]["step"], found[1]["wandb_id"]
         if (begun := shards.as_begun(train, found[1]["data"])) is None and not cfg.accept_new_data:
-            raise UserError(f"{cfg.data_root} is not the data this run began with (fingerprint "
-                            f"{shards.fingerprints(train.shards)[-1]}, was {found[1]['data']}); hint: restore it, or "
-                            "--accept_new_data True goes on with it")
-        say(f"resume | step {start_step} from {found[0]}" + ("" if begun else ", with other data than it began with"))
+            raise UserError(
+                f"{cfg.data_root} is not the data this run began with (fingerprint "
+                f"{shards.fingerprints(train.shards)[-1]}, was {found[1]['data']}); hint: restore it, or "
+                "--accept_new_data True goes on with it"
+            )
+        say(
+            f"resume | step {start_step} from {found[0]}"
+            + ("" if begun else ", with other data than it began with")
+        )
         train = begun or train
 
     log = runlog.RunLog()
@@ -345,14 +488,20 @@ def run(cfg, notes: list[str], world: World, stop: Stop, say) -> int:
             log.open(run_dir, start_step)
             (run_dir / "finished.json").unlink(missing_ok=True)
             checkpoint.write_json(run_dir / "config.json", dataclasses.asdict(cfg))
-            checkpoint.write_json(run_dir / "env.json", runlog.environment(world.device, world.world_size))
+            checkpoint.write_json(
+                run_dir / "env.json", runlog.environment(world.device, world.world_size)
+            )
         except OSError as e:
-            raise UserError(f"cannot write to {run_dir}: {e.strerror}; hint: --log_dir and --ckpt_dir choose another place")
+            raise UserError(
+                f"cannot write to {run_dir}: {e.strerror}; hint: --log_dir and --ckpt_dir choose another place"
+            )
 
     from_first(make_room)
     if world.rank == 0:
         log.wandb = wandb = runlog.Wandb(cfg, wandb_id, run_dir)
-        saver = checkpoint.Saver(ckpt_dir, cfg.keep_last, cfg.save_minutes, model, optimizer, log, say)
+        saver = checkpoint.Saver(
+            ckpt_dir, cfg.keep_last, cfg.save_minutes, model, optimizer, log, say
+        )
         saver.losses = {int(k): v for k, v in found[1]["val_losses"].items()} if found else {}
     data = shards.fingerprints(train.shards)[-1]
     state = lambda: dict(config=dataclasses.asdict(cfg), data=data, wandb_id=wandb.id)
@@ -365,12 +514,22 @@ def run(cfg, notes: list[str], world: World, stop: Stop, say) -> int:
     t0 = time.perf_counter()
     tokens = torch.zeros(cfg.B, cfg.T, dtype=torch.int64, device=world.device)
     with autocast():
-        train_model(tokens, tokens.clone()).backward()  # a clone: "idx is targets" would be compiled for
+        train_model(
+            tokens, tokens.clone()
+        ).backward()  # a clone: "idx is targets" would be compiled for
     optimizer.zero_grad(set_to_none=True)
     say(f"warm-up | {time.perf_counter() - t0:.1f} s{', compiled' if compiled else ''}")
     stop.poll()
-    loader = shards.Loader(train, cfg.total_batch, cfg.B, world.rank, world.world_size, world.device, start_step,
-                           cfg.batch_hashes)
+    loader = shards.Loader(
+        train,
+        cfg.total_batch,
+        cfg.B,
+        world.rank,
+        world.world_size,
+        world.device,
+        start_step,
+        cfg.batch_hashes,
+    )
     meter = runlog.Meter(cfg, model.flops_per_token(cfg.T), world, log, say)
 
     # loop: `step` counts the updates done
@@ -399,7 +558,9 @@ def run(cfg, notes: list[str], world: World, stop: Stop, say) -> int:
                 meter.restart()
 
             # one optimiser step: the only part on the clock
-            lr = getattr(optim, cfg.schedule)(step, cfg.max_lr, cfg.min_lr, cfg.warmup_steps, cfg.max_steps)
+            lr = getattr(optim, cfg.schedule)(
+                step, cfg.max_lr, cfg.min_lr, cfg.warmup_steps, cfg.max_steps
+            )
             optim.set_rates(optimizer, lr, step, cfg.max_steps)
             loss_sum, sums, digest, save_due = torch.zeros((), device=world.device), None, 0, False
             for micro_step in range(micro_steps):
@@ -412,7 +573,9 @@ def run(cfg, notes: list[str], world: World, stop: Stop, say) -> int:
                 if averages:  # set before the forward pass, which is when DDP reads it
                     train_model.require_backward_grad_sync = micro_step == micro_steps - 1
                 with autocast():
-                    loss = train_model(batch.x, batch.y) / (micro_steps if averages else micro_steps * world.world_size)
+                    loss = train_model(batch.x, batch.y) / (
+                        micro_steps if averages else micro_steps * world.world_size
+                    )
                 loss.backward()
                 loss_sum += loss.detach()
                 if cfg.deterministic:
@@ -435,13 +598,28 @@ def run(cfg, notes: list[str], world: World, stop: Stop, say) -> int:
             done = step + 1
             if done == start_step + 1 and saver:
                 saver.reserve()
-            if save_due or done == cfg.max_steps or not all(done % n for n in (
-                    cfg.log_interval, cfg.save_interval, cfg.eval_interval, cfg.sample_interval)):
+            if (
+                save_due
+                or done == cfg.max_steps
+                or not all(
+                    done % n
+                    for n in (
+                        cfg.log_interval,
+                        cfg.save_interval,
+                        cfg.eval_interval,
+                        cfg.sample_interval,
+                    )
+                )
+            ):
                 meter.flush()
                 if meter.in_a_row >= cfg.max_skipped:
-                    stop.ask(UserError(f"{meter.in_a_row} steps in a row skipped up to step {done}, their loss or "
-                                       "gradient is no number; hint: a lower --max_lr under a new --run_name, with "
-                                       f"--init_from {ckpt_dir}"))
+                    stop.ask(
+                        UserError(
+                            f"{meter.in_a_row} steps in a row skipped up to step {done}, their loss or "
+                            "gradient is no number; hint: a lower --max_lr under a new --run_name, with "
+                            f"--init_from {ckpt_dir}"
+                        )
+                    )
     except Stopped:
         interrupted = True
         meter.flush()
@@ -452,21 +630,29 @@ def run(cfg, notes: list[str], world: World, stop: Stop, say) -> int:
     stop.closed.set()  # the watchdog's: what follows has no polls
     loader.close()
     saved = saver.close() if saver else True
-    all_sum(torch.zeros(1))  # nobody leaves before the checkpoint is written: torchrun gives those that stay 30 s
+    all_sum(
+        torch.zeros(1)
+    )  # nobody leaves before the checkpoint is written: torchrun gives those that stay 30 s
     log.close()
     if saver and saved and not interrupted:
         checkpoint.mark_finished(run_dir, cfg.max_steps, record["val/loss"], say)
     if interrupted and stop.error:
         raise stop.error
     if interrupted:
-        say(f"interrupted by {stop.reason or 'another process'} at step {step}{'' if saved else ' (NOT saved)'}; to go on: "
-            "the same command again")
+        say(
+            f"interrupted by {stop.reason or 'another process'} at step {step}{'' if saved else ' (NOT saved)'}; to go on: "
+            "the same command again"
+        )
         return INTERRUPTED
     if not saved:
-        raise UserError(f"the last checkpoint could not be written to {ckpt_dir}; hint: make room, then the same "
-                        "command again")
-    say(f"finished | val loss {record['val/loss']:.4f}{f', bigram model {bigram:.4f}' if bigram else ''} | "
-        f"curves and checkpoint in {run_dir}")
+        raise UserError(
+            f"the last checkpoint could not be written to {ckpt_dir}; hint: make room, then the same "
+            "command again"
+        )
+    say(
+        f"finished | val loss {record['val/loss']:.4f}{f', bigram model {bigram:.4f}' if bigram else ''} | "
+        f"curves and checkpoint in {run_dir}"
+    )
     return 0
 
 

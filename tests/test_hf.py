@@ -16,6 +16,7 @@ import nbformat
 import pytest
 import torch
 import transformers
+from conftest import ROOT, TINY, run, write_shards
 from safetensors.torch import load_file, save_file
 
 import checkpoint
@@ -25,14 +26,17 @@ import optim
 import tokenizer
 import train_gpt2
 from config import UserError, from_command_line
-from conftest import ROOT, TINY, run, write_shards
 from model import GPT, GPTConfig
 
-SHAPE = dict(vocab_size=97, n_positions=16, n_layer=2, n_head=4, n_embd=48, bos_token_id=0, eos_token_id=0)
+SHAPE = dict(
+    vocab_size=97, n_positions=16, n_layer=2, n_head=4, n_embd=48, bos_token_id=0, eos_token_id=0
+)
 IDS = torch.randint(97, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
-def write_source(folder, shard_size="50GB", dtype=torch.float32, **changes) -> transformers.GPT2LMHeadModel:
+def write_source(
+    folder, shard_size="50GB", dtype=torch.float32, **changes
+) -> transformers.GPT2LMHeadModel:
     """A random GPT2LMHeadModel, saved by its own save_pretrained; no weight at its initial value."""
     torch.manual_seed(1)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**SHAPE | changes)).eval()
@@ -90,9 +94,14 @@ def assert_same(folder, theirs):
 
 def test_logits_equal_the_source(source):
     ours = assert_same(*source)
-    assert ours.config == GPTConfig(block_size=16, vocab_size=97, n_layer=2, n_head=4, n_embd=48)  # 97 rows: unpadded
+    assert ours.config == GPTConfig(
+        block_size=16, vocab_size=97, n_layer=2, n_head=4, n_embd=48
+    )  # 97 rows: unpadded
     assert ours.num_params() == source[1].num_parameters()
-    assert all(p.dtype == torch.float32 and p.is_contiguous() and p.requires_grad for p in ours.parameters())
+    assert all(
+        p.dtype == torch.float32 and p.is_contiguous() and p.requires_grad
+        for p in ours.parameters()
+    )
 
 
 def test_the_import_is_a_model_to_train(source, tmp_path):
@@ -112,6 +121,7 @@ def test_the_import_is_a_model_to_train(source, tmp_path):
 
 def test_older_names_masks_and_a_stored_head(copied, source):
     """As OpenAI's files on the hub: no "transformer." before the names, causal masks stored; a head may be, too."""
+
     def edit(weights):
         weights = {k.removeprefix("transformer."): w for k, w in weights.items()}
         masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 16, 16).tril() for i in range(2)}
@@ -121,7 +131,9 @@ def test_older_names_masks_and_a_stored_head(copied, source):
     edit_weights(copied, edit)
     config = json.loads((copied / "config.json").read_text())
     keep = ("model_type", "vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
-    (copied / "config.json").write_text(json.dumps({k: config[k] for k in keep}))  # all else is GPT-2's default
+    (copied / "config.json").write_text(
+        json.dumps({k: config[k] for k in keep})
+    )  # all else is GPT-2's default
     assert_same(copied, source[1])
 
 
@@ -132,8 +144,13 @@ def test_several_files_and_half_precision(tmp_path):
 
 
 def test_settings_that_do_not_change_the_result(tmp_path):
-    theirs = write_source(tmp_path, activation_function="gelu_pytorch_tanh", n_inner=192, resid_pdrop=0.0,
-                          reorder_and_upcast_attn=True)
+    theirs = write_source(
+        tmp_path,
+        activation_function="gelu_pytorch_tanh",
+        n_inner=192,
+        resid_pdrop=0.0,
+        reorder_and_upcast_attn=True,
+    )
     assert_same(tmp_path, theirs)
 
 
@@ -147,8 +164,11 @@ def test_names_come_from_the_hub_at_a_fixed_commit(source, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     for name in ("gpt2", "openai-community/gpt2-xl"):
         assert hf.from_pretrained(name).config.n_layer == 2
-    assert asked == [(f"openai-community/{name}", file, hf.REVISIONS[name]) for name in ("gpt2", "gpt2-xl")
-                     for file in ("config.json", "model.safetensors")]
+    assert asked == [
+        (f"openai-community/{name}", file, hf.REVISIONS[name])
+        for name in ("gpt2", "gpt2-xl")
+        for file in ("config.json", "model.safetensors")
+    ]
     assert all(len(revision) == 40 for revision in hf.REVISIONS.values())
 
 
@@ -156,20 +176,26 @@ def test_names_come_from_the_hub_at_a_fixed_commit(source, monkeypatch):
 # refusals
 
 
-@pytest.mark.parametrize("changes, named", [
-    (dict(activation_function="gelu"), "activation_function 'gelu', expected 'gelu_new'"),
-    (dict(n_inner=100), "n_inner 100, expected None or 192"),
-    (dict(layer_norm_epsilon=1e-6), "layer_norm_epsilon 1e-06, expected 1e-05"),
-    (dict(scale_attn_weights=False), "scale_attn_weights False, expected True"),
-    (dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx True, expected False"),
-    (dict(add_cross_attention=True), "add_cross_attention True, expected False"),
-    (dict(tie_word_embeddings=False), "tie_word_embeddings False, expected True"),
-    (dict(model_type="llama"), "model_type 'llama', expected 'gpt2'"),
-    (dict(n_head=5), "n_embd 48, expected a multiple of n_head 5"),
-    (dict(n_head=0), "ZeroDivisionError"),
-    (dict(n_layer="many"), "ValueError"),
-    (dict(n_embd=None), "TypeError"),
-])
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        (dict(activation_function="gelu"), "activation_function 'gelu', expected 'gelu_new'"),
+        (dict(n_inner=100), "n_inner 100, expected None or 192"),
+        (dict(layer_norm_epsilon=1e-6), "layer_norm_epsilon 1e-06, expected 1e-05"),
+        (dict(scale_attn_weights=False), "scale_attn_weights False, expected True"),
+        (
+            dict(scale_attn_by_inverse_layer_idx=True),
+            "scale_attn_by_inverse_layer_idx True, expected False",
+        ),
+        (dict(add_cross_attention=True), "add_cross_attention True, expected False"),
+        (dict(tie_word_embeddings=False), "tie_word_embeddings False, expected True"),
+        (dict(model_type="llama"), "model_type 'llama', expected 'gpt2'"),
+        (dict(n_head=5), "n_embd 48, expected a multiple of n_head 5"),
+        (dict(n_head=0), "ZeroDivisionError"),
+        (dict(n_layer="many"), "ValueError"),
+        (dict(n_embd=None), "TypeError"),
+    ],
+)
 def test_config_that_model_py_cannot_represent(copied, changes, named):
     edit_config(copied, **changes)
     assert named in refusal(copied)
@@ -182,7 +208,10 @@ def test_all_that_is_wrong_is_told_at_once(copied):
 
 def test_weights_that_do_not_fit_the_config(copied):
     edit_config(copied, n_embd=96)
-    assert "h.0.attn.c_attn.bias (144,), expected (288,)" in (message := refusal(copied)) and "(28 such)" in message
+    assert (
+        "h.0.attn.c_attn.bias (144,), expected (288,)" in (message := refusal(copied))
+        and "(28 such)" in message
+    )
     edit_config(copied, n_embd=48, n_layer=3)
     assert "h.2.attn.c_attn.bias missing, expected (144,)" in refusal(copied)
     edit_config(copied, n_layer=1)
@@ -192,7 +221,10 @@ def test_weights_that_do_not_fit_the_config(copied):
 def test_weights_left_out_or_with_another_head(copied):
     edit_weights(copied, lambda w: w | {"lm_head.weight": w["transformer.wte.weight"] + 1})
     assert "lm_head.weight" in refusal(copied)
-    edit_weights(copied, lambda w: {k: v for k, v in w.items() if "ln_f.bias" not in k and "lm_head" not in k})
+    edit_weights(
+        copied,
+        lambda w: {k: v for k, v in w.items() if "ln_f.bias" not in k and "lm_head" not in k},
+    )
     assert "ln_f.bias missing, expected (48,)" in refusal(copied)
 
 
@@ -209,7 +241,9 @@ def test_damaged_config(copied, text):
     assert "config.json" in refusal(copied)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": {"a": 1}}', '{"weight_map": {"a": "no.safetensors"}}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"weight_map": {"a": 1}}', '{"weight_map": {"a": "no.safetensors"}}']
+)
 def test_damaged_index(copied, text):
     (copied / "model.safetensors.index.json").write_text(text)
     assert str(copied) in refusal(copied)
@@ -217,7 +251,9 @@ def test_damaged_index(copied, text):
 
 def test_missing_files_and_names(tmp_path, copied):
     assert "config.json" in refusal(tmp_path)  # a folder of something else
-    (copied / "model.safetensors").rename(copied / "pytorch_model.bin")  # pickled weights are never opened
+    (copied / "model.safetensors").rename(
+        copied / "pytorch_model.bin"
+    )  # pickled weights are never opened
     assert "model.safetensors" in refusal(copied)
     assert "did you mean gpt2-medium" in refusal("gpt2-meduim")
     assert "neither a folder nor" in refusal(tmp_path / "nowhere")
@@ -225,7 +261,9 @@ def test_missing_files_and_names(tmp_path, copied):
 
 def test_no_network(monkeypatch):
     def download(*args, **kwargs):
-        raise huggingface_hub.errors.LocalEntryNotFoundError("An error happened.\nPlease check your connection.")
+        raise huggingface_hub.errors.LocalEntryNotFoundError(
+            "An error happened.\nPlease check your connection."
+        )
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     message = refusal("gpt2-large")
@@ -235,8 +273,11 @@ def test_no_network(monkeypatch):
 # --------------------------------------------------------------------------------------------------------------------
 # export
 
-KINDS = {"learned": ({}, transformers.GPT2LMHeadModel), "rope": (dict(use_rope=True), transformers.Starcoder2ForCausalLM),
-         "modern": (dict(arch="modern"), transformers.NanoChatForCausalLM)}
+KINDS = {
+    "learned": ({}, transformers.GPT2LMHeadModel),
+    "rope": (dict(use_rope=True), transformers.Starcoder2ForCausalLM),
+    "modern": (dict(arch="modern"), transformers.NanoChatForCausalLM),
+}
 
 
 def make_model(**changes) -> GPT:
@@ -250,12 +291,16 @@ def make_model(**changes) -> GPT:
 
 
 def save(model, folder, **state):
-    return checkpoint.save(folder / "ckpt", 3, model, optim.adamw(model, 1e-3, (0.9, 0.95), 0.1), state)
+    return checkpoint.save(
+        folder / "ckpt", 3, model, optim.adamw(model, 1e-3, (0.9, 0.95), 0.1), state
+    )
 
 
 def reload(folder):
     """As a user would: through the Auto classes, which must find every weight and have no use left for any other."""
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True
+    )
     assert not any(info.values()), info
     return model.eval()
 
@@ -273,12 +318,19 @@ def exported(request, tmp_path_factory):
 def test_the_reloaded_model_has_our_logits(exported):
     """Over the whole context, to 1e-4 where logits spread over nats; the padded rows of the vocabulary are gone."""
     model, folder, kind = exported
-    theirs, ids = reload(folder), torch.randint(50257, (2, 24), generator=torch.Generator().manual_seed(0))
+    theirs, ids = (
+        reload(folder),
+        torch.randint(50257, (2, 24), generator=torch.Generator().manual_seed(0)),
+    )
     ours = model(ids)[..., :50257]
     assert type(theirs) is kind and theirs.dtype == torch.float32 and ours.std() > 1
     torch.testing.assert_close(theirs(ids).logits, ours, atol=1e-4, rtol=0)
-    assert model.num_params() - theirs.num_parameters() == (50304 - 50257) * 48 * (2 if model.config.modern else 1)
-    assert (theirs.lm_head.weight is theirs.get_input_embeddings().weight) == (not model.config.modern)
+    assert model.num_params() - theirs.num_parameters() == (50304 - 50257) * 48 * (
+        2 if model.config.modern else 1
+    )
+    assert (theirs.lm_head.weight is theirs.get_input_embeddings().weight) == (
+        not model.config.modern
+    )
 
 
 @torch.no_grad()
@@ -287,7 +339,9 @@ def test_greedy_continuations_are_the_same(exported):
     model, folder, _ = exported
     ids = torch.randint(50256, (2, 6), generator=torch.Generator().manual_seed(1))
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
-    out = reload(folder).generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=8, eos_token_id=None)
+    out = reload(folder).generate(
+        ids, attention_mask=mask, do_sample=False, max_new_tokens=8, eos_token_id=None
+    )
     for row, start in zip(out, (2, 0)):
         for t in range(6, 14):
             assert row[t] == model(row[None, start:t])[0, -1, :50257].argmax()
@@ -295,14 +349,29 @@ def test_greedy_continuations_are_the_same(exported):
 
 def test_the_tokenizer_is_ours(exported):
     """Same ids and text again, offline, special token included, from either of the two forms that are written."""
-    texts = ["Hello world  two\n\n\tthree   ", "na\u00efve \u65e5\u672c\u8a9e \U0001f3f3\ufe0f\u200d\U0001f308 'll don't", "a<|endoftext|>b",
-             "\x00\x01 x\u00a0y", " .", "", (ROOT / "model.py").read_text()]
+    texts = [
+        "Hello world  two\n\n\tthree   ",
+        "na\u00efve \u65e5\u672c\u8a9e \U0001f3f3\ufe0f\u200d\U0001f308 'll don't",
+        "a<|endoftext|>b",
+        "\x00\x01 x\u00a0y",
+        " .",
+        "",
+        (ROOT / "model.py").read_text(),
+    ]
     for name in ("tokenizer.json", None):
         theirs = transformers.AutoTokenizer.from_pretrained(exported[1])
         for text in texts:
             ids = theirs(text)["input_ids"]
-            assert ids == tokenizer.gpt2().encode(text, allowed_special="all") and theirs.decode(ids) == text
-        assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs), theirs.model_max_length) == (50256, 50256, 50257, 24)
+            assert (
+                ids == tokenizer.gpt2().encode(text, allowed_special="all")
+                and theirs.decode(ids) == text
+            )
+        assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs), theirs.model_max_length) == (
+            50256,
+            50256,
+            50257,
+            24,
+        )
         if name:
             (exported[1] / name).rename(exported[1].parent / name)
         else:
@@ -311,8 +380,15 @@ def test_the_tokenizer_is_ours(exported):
 
 def test_sampling_settings_and_modes(exported):
     sampling = transformers.GenerationConfig.from_pretrained(exported[1])
-    assert (sampling.eos_token_id, sampling.do_sample, sampling.temperature, sampling.top_k) == (50256, True, 1.0, 50)
-    assert len({path.stat().st_mode for path in exported[1].iterdir()}) == 1  # what may read one file may read all
+    assert (sampling.eos_token_id, sampling.do_sample, sampling.temperature, sampling.top_k) == (
+        50256,
+        True,
+        1.0,
+        50,
+    )
+    assert (
+        len({path.stat().st_mode for path in exported[1].iterdir()}) == 1
+    )  # what may read one file may read all
 
 
 @pytest.mark.parametrize("vocab_size", [97, 50257])
@@ -333,7 +409,9 @@ def test_export_undoes_import(source, tmp_path):
     hf.import_(str(source[0]), str(tmp_path / "run"))
     hf.export(str(tmp_path / "run"), str(tmp_path / "out"))
     theirs = source[1].state_dict()
-    assert all(torch.equal(p, theirs[name]) for name, p in reload(tmp_path / "out").state_dict().items())
+    assert all(
+        torch.equal(p, theirs[name]) for name, p in reload(tmp_path / "out").state_dict().items()
+    )
 
 
 def test_from_a_run_to_a_folder_and_back_into_every_script(tmp_path):
@@ -347,20 +425,38 @@ def test_from_a_run_to_a_folder_and_back_into_every_script(tmp_path):
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     records = [json.loads(line) for line in (log / "a" / "metrics.jsonl").read_text().splitlines()]
     loss = [r["val/loss"] for r in records if "val/loss" in r][-1]
-    for words in ("# a\n", f"{loss:.4f} nats per token, at step 2", "2 of 2 steps, 1,024 tokens of toy", "preset gpt2-baseline, optimizer adamw, schedule cosine, max_lr 0.0006, min_lr 6e-05,"):
+    for words in (
+        "# a\n",
+        f"{loss:.4f} nats per token, at step 2",
+        "2 of 2 steps, 1,024 tokens of toy",
+        "preset gpt2-baseline, optimizer adamw, schedule cosine, max_lr 0.0006, min_lr 6e-05,",
+    ):
         assert words in card, card
     assert str(tmp_path) not in card
     done = run("hf.py", "import", tmp_path / "out", log / "b")
     assert done.returncode == 0 and "1,634,720 parameters" in done.stdout, done.stderr
     done = run("hf.py", "export", log / "b", tmp_path / "out")
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert (
+        done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    ), done.stderr
 
     trained = checkpoint.load_model(checkpoint.find(str(log / "a"))).state_dict()
-    cfg, _ = from_command_line(["gpt2-baseline", *args, "--run_name", "b", "--init_from", str(log / "b")])
-    for model in (generate.load(str(log / "b")), generate.load(str(tmp_path / "out")), train_gpt2.build_model(cfg, print)):
+    cfg, _ = from_command_line(
+        ["gpt2-baseline", *args, "--run_name", "b", "--init_from", str(log / "b")]
+    )
+    for model in (
+        generate.load(str(log / "b")),
+        generate.load(str(tmp_path / "out")),
+        train_gpt2.build_model(cfg, print),
+    ):
         assert model.config.vocab_size == 50257
-        assert all(torch.equal(p, trained[name][: len(p)]) for name, p in model.state_dict().items())
-    for cfg, name in ((cfg, "b"), (dataclasses.replace(cfg, run_name="c", resume=str(log / "b")), "c")):
+        assert all(
+            torch.equal(p, trained[name][: len(p)]) for name, p in model.state_dict().items()
+        )
+    for cfg, name in (
+        (cfg, "b"),
+        (dataclasses.replace(cfg, run_name="c", resume=str(log / "b")), "c"),
+    ):
         with pytest.raises(UserError, match="weights from .*hint: --init_from"):
             checkpoint.open_run(cfg, log / name, log / name / "ckpt", print)
 
@@ -371,14 +467,22 @@ def test_the_card_gives_the_evaluation_of_the_checkpoint(tmp_path):
     record = {"val/loss": 4.0, "val/hella_norm": 0.25, "val/hella_se": 0.04}
     lines = [{"step": 2} | record, {"step": 3, "train/loss": 1.0}, {"step": 4, "val/loss": 1.0}]
     (tmp_path / "r").mkdir()
-    (tmp_path / "r" / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines) + '{"step": 5, "va')
+    (tmp_path / "r" / "metrics.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in lines) + '{"step": 5, "va'
+    )
     config = dict(log_dir=str(tmp_path), run_name="r", data_root="data/toy", hellaswag_limit=100)
     cards = []
-    for i, (place, ckpt_dir) in enumerate((("r", ""), ("far", str(tmp_path / "far" / "ckpt")), ("copied", ""))):
+    for i, (place, ckpt_dir) in enumerate(
+        (("r", ""), ("far", str(tmp_path / "far" / "ckpt")), ("copied", ""))
+    ):
         path = save(model, tmp_path / place, config=config | dict(ckpt_dir=ckpt_dir))
         hf.export(str(path), str(tmp_path / f"out{i}"))
         cards.append((tmp_path / f"out{i}" / "README.md").read_text(encoding="utf-8"))
-    assert cards[0] == cards[1] and "4.0000 nats per token, at step 2" in cards[0] and "0.2500 \u00b1 0.0400" in cards[0]
+    assert (
+        cards[0] == cards[1]
+        and "4.0000 nats per token, at step 2" in cards[0]
+        and "0.2500 \u00b1 0.0400" in cards[0]
+    )
     assert "3 of 19,073 steps" in cards[2] and "nats" not in cards[2]
     (tmp_path / "r" / "metrics.jsonl").write_text("{\n")
     with pytest.raises(UserError, match="metrics.jsonl cannot be read.*hint: "):
@@ -391,14 +495,21 @@ def test_what_export_and_import_refuse(tmp_path, source, monkeypatch):
     save(make_model(vocab_size=97, use_rope=True, use_swiglu=True), tmp_path / "swiglu")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("kept")
-    (damaged := save(make_model(vocab_size=97), tmp_path / "damaged") / "model.safetensors").write_bytes(b"0" * 100)
+    (
+        damaged := save(make_model(vocab_size=97), tmp_path / "damaged") / "model.safetensors"
+    ).write_bytes(b"0" * 100)
     before = sorted(tmp_path.rglob("*"))
     for command, args, words in (
-            (hf.export, ("swiglu", "out"), "SwiGLU with LayerNorm and biases"), (hf.export, ("nowhere", "out"), "no checkpoint in"),
-            (hf.export, ("run", "full"), "is there already"), (hf.export, ("run", "full/file"), "is there already"),
-            (hf.import_, (str(source[0]), "full"), "is there already"), (hf.import_, ("nowhere", "out"), "neither a folder nor"),
-            (hf.export, ("run", "full/file/out"), "cannot write"), (hf.export, (str(damaged.parent), "out"), "is damaged"),
-            (hf.export, ("run", "/"), "is there already")):
+        (hf.export, ("swiglu", "out"), "SwiGLU with LayerNorm and biases"),
+        (hf.export, ("nowhere", "out"), "no checkpoint in"),
+        (hf.export, ("run", "full"), "is there already"),
+        (hf.export, ("run", "full/file"), "is there already"),
+        (hf.import_, (str(source[0]), "full"), "is there already"),
+        (hf.import_, ("nowhere", "out"), "neither a folder nor"),
+        (hf.export, ("run", "full/file/out"), "cannot write"),
+        (hf.export, (str(damaged.parent), "out"), "is damaged"),
+        (hf.export, ("run", "/"), "is there already"),
+    ):
         with pytest.raises(UserError) as e:
             command(*(str(tmp_path / a) for a in args))
         message = str(e.value)
@@ -408,9 +519,15 @@ def test_what_export_and_import_refuse(tmp_path, source, monkeypatch):
     def full_disk(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    for module, name, command, args in ((hf, "save_file", hf.export, ("run", "out")), (os, "replace", hf.export, ("run", "out")),
-                                        (checkpoint, "save_file", hf.import_, (str(source[0]), "out"))):
-        with monkeypatch.context() as m, pytest.raises(UserError, match="cannot write .*No space left.*hint: "):
+    for module, name, command, args in (
+        (hf, "save_file", hf.export, ("run", "out")),
+        (os, "replace", hf.export, ("run", "out")),
+        (checkpoint, "save_file", hf.import_, (str(source[0]), "out")),
+    ):
+        with (
+            monkeypatch.context() as m,
+            pytest.raises(UserError, match="cannot write .*No space left.*hint: "),
+        ):
             m.setattr(module, name, full_disk)
             command(*(str(tmp_path / a) for a in args))
         assert sorted(tmp_path.rglob("*")) == before
@@ -427,9 +544,12 @@ def lm_eval_choices(folder, task: str) -> list[tuple[int, int]]:
     import lm_eval
     from lm_eval.api.model import TemplateLM
     from lm_eval.tasks import TaskManager
+
     model, encoder = reload(folder), transformers.AutoTokenizer.from_pretrained(folder)
 
-    class Exported(TemplateLM):  # lm-eval's own class for transformers needs accelerate, and adds batching alone
+    class Exported(
+        TemplateLM
+    ):  # lm-eval's own class for transformers needs accelerate, and adds batching alone
         eot_token_id = encoder.eos_token_id
         tok_encode = lambda self, text, add_special_tokens=None, **_: encoder(text)["input_ids"]
 
@@ -438,22 +558,32 @@ def lm_eval_choices(folder, task: str) -> list[tuple[int, int]]:
             found = []
             for _, context, ending in requests:
                 log_p = model(torch.tensor([(context + ending)[:-1]])).logits[0].log_softmax(-1)
-                at = log_p[-len(ending):].gather(1, torch.tensor(ending)[:, None])
+                at = log_p[-len(ending) :].gather(1, torch.tensor(ending)[:, None])
                 found.append((at.sum().item(), False))
             return found
+
         loglikelihood_rolling = generate_until = None
 
     (folder / "exported.yaml").write_text(task)
     tasks = TaskManager(include_path=str(folder), include_defaults=False)
-    results = lm_eval.simple_evaluate(model=Exported(), tasks=["exported"], task_manager=tasks, log_samples=True, bootstrap_iters=0)
+    results = lm_eval.simple_evaluate(
+        model=Exported(),
+        tasks=["exported"],
+        task_manager=tasks,
+        log_samples=True,
+        bootstrap_iters=0,
+    )
     return sorted(results["samples"]["exported"], key=lambda s: s["doc_id"])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset, kind", [("gpt2-baseline", "GPT2LMHeadModel"), ("gpt2-rope", "Starcoder2ForCausalLM")])
+@pytest.mark.parametrize(
+    "preset, kind", [("gpt2-baseline", "GPT2LMHeadModel"), ("gpt2-rope", "Starcoder2ForCausalLM")]
+)
 def test_lm_eval_on_an_export_chooses_as_hellaswag_py(tmp_path, shared, monkeypatch, preset, kind):
     """100 items of the shared set: a small model trained here, exported, scored by lm-eval; `hellaswag.py --protocol
-    harness` on the checkpoint makes the same choices, and its losses are equal to 1e-4 of their size."""
+    harness` on the checkpoint makes the same choices, and its losses are equal to 1e-4 of their size.
+    """
     pytest.importorskip("lm_eval", reason="pip install lm-eval==0.4.13")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     text, items, log = tmp_path / "text.txt", tmp_path / "items.jsonl", tmp_path / "log"
@@ -461,27 +591,76 @@ def test_lm_eval_on_an_export_chooses_as_hellaswag_py(tmp_path, shared, monkeypa
     raw = gzip.open(shared / "hellaswag_val.jsonl.gz", "rt", encoding="utf-8").readlines()
     items.write_text("".join(raw[:: len(raw) // 100][:100]), encoding="utf-8")
     assert run("prepare.py", "files", text, "--out", tmp_path / "data").returncode == 0
-    args = [*TINY, "--data_root", tmp_path / "data", "--log_dir", log, "--max_steps", "60", "--run_name", "r", "--max_lr", "3e-3"]
-    for name, value in (("--vocab_size", "50304"), ("--n_embd", "64"), ("--T", "256"), ("--total_batch", "1024"), ("--log_interval", "60")):
+    args = [
+        *TINY,
+        "--data_root",
+        tmp_path / "data",
+        "--log_dir",
+        log,
+        "--max_steps",
+        "60",
+        "--run_name",
+        "r",
+        "--max_lr",
+        "3e-3",
+    ]
+    for name, value in (
+        ("--vocab_size", "50304"),
+        ("--n_embd", "64"),
+        ("--T", "256"),
+        ("--total_batch", "1024"),
+        ("--log_interval", "60"),
+    ):
         args[args.index(name) + 1] = value
     assert (done := run("train_gpt2.py", preset, *args)).returncode == 0, done.stderr
-    assert (done := run("hf.py", "export", log / "r", tmp_path / "out")).returncode == 0 and kind in done.stdout, done.stderr
-    done = run("hellaswag.py", "--model", log / "r", "--data", items, "--protocol", "harness", "--out", tmp_path / "ours.json",
-               "--per_item", "True", "--dtype", "float32", "--device", "cpu")
+    assert (
+        done := run("hf.py", "export", log / "r", tmp_path / "out")
+    ).returncode == 0 and kind in done.stdout, done.stderr
+    done = run(
+        "hellaswag.py",
+        "--model",
+        log / "r",
+        "--data",
+        items,
+        "--protocol",
+        "harness",
+        "--out",
+        tmp_path / "ours.json",
+        "--per_item",
+        "True",
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+    )
     assert done.returncode == 0, done.stderr
     ours = json.loads((tmp_path / "ours.json").read_text())
-    samples = lm_eval_choices(tmp_path / "out", (
-        'task: exported\noutput_type: multiple_choice\nvalidation_split: validation\ndoc_to_text: "{{activity_label}}: {{ctx}}"\n'
-        'doc_to_target: "{{label}}"\ndoc_to_choice: endings\nmetric_list:\n  - metric: acc\n  - metric: acc_norm\n'
-        f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    validation: {items}\n"))
+    samples = lm_eval_choices(
+        tmp_path / "out",
+        (
+            'task: exported\noutput_type: multiple_choice\nvalidation_split: validation\ndoc_to_text: "{{activity_label}}: {{ctx}}"\n'
+            'doc_to_target: "{{label}}"\ndoc_to_choice: endings\nmetric_list:\n  - metric: acc\n  - metric: acc_norm\n'
+            f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    validation: {items}\n"
+        ),
+    )
     assert len(samples) == ours["items"] == 100 and ours["cut"] == 0
     for sample, item in zip(samples, ours["per_item"]):
         losses = [-float(r[0][0]) for r in sample["resps"]]
         # a sum over tens of tokens: the padded rows that the export is without held about 1e-4 of the probability
-        torch.testing.assert_close(torch.tensor(item["losses"]), torch.tensor(losses), atol=1e-3, rtol=1e-4)
-        per_character = [loss / len(ending) for loss, ending in zip(losses, sample["doc"]["endings"])]
-        assert (item["acc_choice"], item["acc_norm_choice"]) == (losses.index(min(losses)), per_character.index(min(per_character)))
-        assert (sample["acc"], sample["acc_norm"]) == (item["acc_choice"] == item["label"], item["acc_norm_choice"] == item["label"])
+        torch.testing.assert_close(
+            torch.tensor(item["losses"]), torch.tensor(losses), atol=1e-3, rtol=1e-4
+        )
+        per_character = [
+            loss / len(ending) for loss, ending in zip(losses, sample["doc"]["endings"])
+        ]
+        assert (item["acc_choice"], item["acc_norm_choice"]) == (
+            losses.index(min(losses)),
+            per_character.index(min(per_character)),
+        )
+        assert (sample["acc"], sample["acc_norm"]) == (
+            item["acc_choice"] == item["label"],
+            item["acc_norm_choice"] == item["label"],
+        )
     assert len({item["acc_choice"] for item in ours["per_item"]}) == 4  # it is about something
 
 
@@ -492,7 +671,9 @@ NOTEBOOK = ROOT / "load-hf-gpt2.ipynb"
 
 
 def printed(notebook) -> str:
-    return "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+    return "".join(
+        output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])
+    )
 
 
 @pytest.mark.slow
@@ -505,6 +686,13 @@ def test_the_notebook_runs(tmp_path, monkeypatch, hub):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     for cell in notebook.cells if hub else ():
         cell.source = cell.source.replace('GPT2 = "gpt2"', f'GPT2 = "{tmp_path / "gpt2"}"')
-    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
-    words = ("greedy text equal: True", "True | step_000000", "- Hello, I'm" if hub else "skipped, no gpt2", "| val loss" if hub else "skipped")
+    nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
+    ).execute()
+    words = (
+        "greedy text equal: True",
+        "True | step_000000",
+        "- Hello, I'm" if hub else "skipped, no gpt2",
+        "| val loss" if hub else "skipped",
+    )
     assert all(word in printed(notebook) for word in words), printed(notebook)

@@ -14,14 +14,23 @@ import nbclient
 import nbformat
 import numpy as np
 import pytest
-
-from compare import COLOURS
 from conftest import ROOT
 from test_readme import clone  # noqa: F401, a fixture: the tracked files alone
 
-LISTED = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "*.ipynb"], cwd=ROOT, capture_output=True, text=True)
-NOTEBOOKS = LISTED.stdout.split() or sorted(p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("*.ipynb"), *ROOT.glob("play-nbs/*.ipynb")])
-NOTES = sorted(p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("notes/*.md"), ROOT / "README.md"])
+from compare import COLOURS
+
+LISTED = subprocess.run(
+    ["git", "ls-files", "-co", "--exclude-standard", "*.ipynb"],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+)
+NOTEBOOKS = LISTED.stdout.split() or sorted(
+    p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("*.ipynb"), *ROOT.glob("play-nbs/*.ipynb")]
+)
+NOTES = sorted(
+    p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("notes/*.md"), ROOT / "README.md"]
+)
 TEXTS = NOTEBOOKS + NOTES
 
 
@@ -43,7 +52,11 @@ def pictures(cell) -> int:
 
 def prose(name: str) -> str:
     """The markdown of a file, without its code blocks."""
-    text = "\n\n".join(cell.source for cell in read(name).cells if cell.cell_type == "markdown") if name.endswith("ipynb") else (ROOT / name).read_text()
+    text = (
+        "\n\n".join(cell.source for cell in read(name).cells if cell.cell_type == "markdown")
+        if name.endswith("ipynb")
+        else (ROOT / name).read_text()
+    )
     return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
 
 
@@ -60,16 +73,23 @@ def test_a_notebook_holds_one_clean_run(name):
     cells = code(notebook)
     assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)]
     for cell in cells:
-        assert not any(output.output_type == "error" or output.get("name") == "stderr" for output in cell.outputs), cell.source
+        assert not any(
+            output.output_type == "error" or output.get("name") == "stderr"
+            for output in cell.outputs
+        ), cell.source
         if "exact" in cell.metadata.get("tags", ()):
             assert printed(cell), cell.source
         # a path: a slash at the beginning of a word, with a second one (" / n" divides, "/a/b" does not)
-        assert not re.search(r"(?<![\w.)}\]/>:~])/\w[\w.-]*/\w", cell.source + "\n" + printed(cell)), cell.source
+        assert not re.search(
+            r"(?<![\w.)}\]/>:~])/\w[\w.-]*/\w", cell.source + "\n" + printed(cell)
+        ), cell.source
     assert not re.search(r"/(home|tmp|root|Users|work)/", str(notebook)), name
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in NOTEBOOKS if n != "load-hf-gpt2.ipynb"])  # test_hf.py runs that one
+@pytest.mark.parametrize(
+    "name", [n for n in NOTEBOOKS if n != "load-hf-gpt2.ipynb"]
+)  # test_hf.py runs that one
 def test_a_notebook_runs_and_its_outputs_are_those_of_the_run(name, clone, monkeypatch):  # noqa: F811
     """From a fresh kernel, in its own directory of a copy that holds the tracked files alone, without a network."""
     if not (clone / "log" / "reference").exists():  # the copy of a tree without git
@@ -83,7 +103,9 @@ def test_a_notebook_runs_and_its_outputs_are_those_of_the_run(name, clone, monke
         cell.outputs, cell.execution_count = [], None
     where = (clone / name).parent
     where.mkdir(exist_ok=True)
-    nbclient.NotebookClient(fresh, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(where)}}).execute()
+    nbclient.NotebookClient(
+        fresh, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(where)}}
+    ).execute()
     words = lambda text: re.sub(r"[-+−]?\d[\d,.]*(e[-+]?\d+)?|\s+", " ", text).split()
     for before, after in zip(code(stored), code(fresh)):
         if "exact" in before.metadata.get("tags", ()):
@@ -92,12 +114,15 @@ def test_a_notebook_runs_and_its_outputs_are_those_of_the_run(name, clone, monke
         assert pictures(before) == pictures(after)
     saved = re.findall(r'"([\w-]+\.png)"', "\n".join(cell.source for cell in code(stored)))
     for picture in saved:
-        assert like(ROOT / "images" / picture, clone / "images" / picture), f"images/{picture} is not what {name} draws"
+        assert like(ROOT / "images" / picture, clone / "images" / picture), (
+            f"images/{picture} is not what {name} draws"
+        )
 
 
 def like(a, b) -> bool:
     """The same size within 3% and, where it is the same, nearly the same pixels: fonts and training differ between machines."""
     import matplotlib.image
+
     a, b = (matplotlib.image.imread(path)[..., :3] for path in (a, b))
     if a.shape != b.shape:
         return np.allclose(a.shape, b.shape, rtol=0.03)
@@ -106,10 +131,24 @@ def like(a, b) -> bool:
 
 def test_each_preset_has_one_colour_everywhere():
     """That of compare.py: its colours are told apart with any colour vision (Okabe and Ito 2008), and no notebook writes one down."""
-    okabe_ito = {"#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999"}
+    okabe_ito = {
+        "#000000",
+        "#E69F00",
+        "#56B4E9",
+        "#009E73",
+        "#F0E442",
+        "#0072B2",
+        "#D55E00",
+        "#CC79A7",
+        "#999999",
+    }
     assert set(COLOURS.values()) <= okabe_ito and len(set(COLOURS.values())) == len(COLOURS)
     for name in NOTEBOOKS:
-        written = {color.upper() for cell in code(read(name)) for color in re.findall("#[0-9A-Fa-f]{6}", cell.source)}
+        written = {
+            color.upper()
+            for cell in code(read(name))
+            for color in re.findall("#[0-9A-Fa-f]{6}", cell.source)
+        }
         assert not written & okabe_ito, name
 
 
@@ -119,7 +158,10 @@ def test_each_preset_has_one_colour_everywhere():
 
 def anchors(path) -> set[str]:
     """The anchors that GitHub makes of a file's headings."""
-    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)}
+    return {
+        re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-")
+        for h in re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+    }
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -141,7 +183,12 @@ def names_in(file: str) -> set[str]:
         for node in body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 names.add(prefix + node.name)
-                collect(node.body if isinstance(node, ast.ClassDef) else [n for n in node.body if isinstance(n, ast.FunctionDef)], f"{prefix}{node.name}.")
+                collect(
+                    node.body
+                    if isinstance(node, ast.ClassDef)
+                    else [n for n in node.body if isinstance(n, ast.FunctionDef)],
+                    f"{prefix}{node.name}.",
+                )
             elif isinstance(node, (ast.Assign, ast.AnnAssign)):
                 for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
                     names.update(prefix + n.id for n in ast.walk(target) if isinstance(n, ast.Name))

@@ -11,15 +11,16 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from conftest import ROOT, run, write_shards
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import prepare
 import shards
-from runlog import bigram_loss
 from bench import sparse_shards
 from config import UserError
-from conftest import ROOT, run, write_shards
 from prepare import ShardWriter
+from runlog import bigram_loss
 from shards import Loader, Shard, Windows, order
 
 CPU = torch.device("cpu")
@@ -37,17 +38,20 @@ def counting_shards(folder, sizes, split="train"):
 
 # ---- order ---------------------------------------------------------------------------------------------------------
 
+
 @given(n=st.integers(1, 5000), seed=st.integers(0, 2**31), epoch=st.integers(0, 1000))
 def test_order_is_a_permutation(n, seed, epoch):
     assert np.array_equal(np.bincount(order(seed, epoch, n, np.arange(n)), minlength=n), np.ones(n))
 
 
-@given(n=st.integers(100, 10**9), seed=st.integers(0, 2**31), epoch=st.integers(0, 50), data=st.data())
+@given(
+    n=st.integers(100, 10**9), seed=st.integers(0, 2**31), epoch=st.integers(0, 50), data=st.data()
+)
 def test_order_is_the_same_asked_one_by_one(n, seed, epoch, data):
     i = np.array(data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=20)))
     together = order(seed, epoch, n, i)
     assert together.tolist() == [int(order(seed, epoch, n, np.array([k]))[0]) for k in i]
-    assert ((0 <= together) & (together < n)).all()
+    assert ((together >= 0) & (together < n)).all()
 
 
 def test_order_differs_between_epochs_and_seeds():
@@ -82,9 +86,15 @@ def test_order_of_ten_billion_tokens_reads_every_window_once():
 
 # ---- windows -------------------------------------------------------------------------------------------------------
 
+
 @settings(max_examples=40, deadline=None)
-@given(sizes=st.lists(st.integers(40, 400), min_size=1, max_size=5), T=st.integers(1, 39),
-       kind=st.sampled_from(["sequential", "global"]), epochs=st.integers(1, 4), seed=st.integers(0, 1000))
+@given(
+    sizes=st.lists(st.integers(40, 400), min_size=1, max_size=5),
+    T=st.integers(1, 39),
+    kind=st.sampled_from(["sequential", "global"]),
+    epochs=st.integers(1, 4),
+    seed=st.integers(0, 1000),
+)
 def test_each_epoch_reads_every_window_once(tmp_path_factory, sizes, T, kind, epochs, seed):
     folder = counting_shards(tmp_path_factory.mktemp("count"), sizes)
     w = Windows(shards.open_shards(str(folder), "train", T), T, kind, seed)
@@ -95,16 +105,24 @@ def test_each_epoch_reads_every_window_once(tmp_path_factory, sizes, T, kind, ep
         rows = np.zeros((n, T + 1), np.uint16)
         w.read(np.arange(at, at + n), rows)
         at += n
-        assert (np.diff(rows.astype(int), axis=1) == 1).all()  # each window is a run of neighbouring tokens
+        assert (
+            np.diff(rows.astype(int), axis=1) == 1
+        ).all()  # each window is a run of neighbouring tokens
         seen = collections.Counter(rows[:, :-1].ravel().tolist())
         assert set(seen.values()) == {1}
         for start, size in zip(starts, sizes):
             left_out = size - 1 - sum(start <= token < start + size for token in seen)
-            assert 0 <= left_out < 2 * T and left_out - w.offset(e) < T  # never a whole window more than the offset
+            assert (
+                0 <= left_out < 2 * T and left_out - w.offset(e) < T
+            )  # never a whole window more than the offset
 
 
 @settings(max_examples=25, deadline=None)
-@given(sizes=st.lists(st.integers(60, 500), min_size=1, max_size=4), T=st.integers(2, 30), seed=st.integers(0, 1000))
+@given(
+    sizes=st.lists(st.integers(60, 500), min_size=1, max_size=4),
+    T=st.integers(2, 30),
+    seed=st.integers(0, 1000),
+)
 def test_document_order_reads_every_token_once(tmp_path_factory, sizes, T, seed):
     """Soft fix: the same tokens as on disk, but for less than 2T a shard, documents whole and in another order."""
     rng = np.random.default_rng(seed)
@@ -123,16 +141,25 @@ def test_document_order_reads_every_token_once(tmp_path_factory, sizes, T, seed)
         on_disk = sum((np.load(s.path) != shards.EOT).sum() for s in w.shards)
         assert on_disk - sum(seen.values()) <= 2 * T * len(sizes)
         inside = rows.astype(int)
-        steps = np.diff(inside, axis=1)[(inside[:, 1:] != shards.EOT) & (inside[:, :-1] != shards.EOT)]
+        steps = np.diff(inside, axis=1)[
+            (inside[:, 1:] != shards.EOT) & (inside[:, :-1] != shards.EOT)
+        ]
         # within a document the order is kept (shards may begin inside one)
         assert (steps == 1).mean() > 0.95 or len(steps) < 50
 
 
 @settings(max_examples=30, deadline=None)
-@given(sizes=st.lists(st.integers(50, 300), min_size=1, max_size=4), T=st.integers(1, 20), B=st.integers(1, 4),
-       accumulation=st.integers(1, 3), seed=st.integers(0, 100),
-       kind=st.sampled_from(["sequential", "documents", "global"]))
-def test_batches_do_not_depend_on_the_number_of_processes(tmp_path_factory, sizes, T, B, accumulation, seed, kind):
+@given(
+    sizes=st.lists(st.integers(50, 300), min_size=1, max_size=4),
+    T=st.integers(1, 20),
+    B=st.integers(1, 4),
+    accumulation=st.integers(1, 3),
+    seed=st.integers(0, 100),
+    kind=st.sampled_from(["sequential", "documents", "global"]),
+)
+def test_batches_do_not_depend_on_the_number_of_processes(
+    tmp_path_factory, sizes, T, B, accumulation, seed, kind
+):
     """The union over 4, 2, 1 ranks is the same global batch at each step, over epoch edges, running or seeking."""
     folder = write_shards(tmp_path_factory.mktemp("b"), {"train": sizes}, seed, document=20)
     total = 4 * B * accumulation * T
@@ -141,7 +168,10 @@ def test_batches_do_not_depend_on_the_number_of_processes(tmp_path_factory, size
 
     def batches(world_size, rows, start=0):
         windows = lambda: Windows(shards.open_shards(str(folder), "train", T), T, kind, seed)
-        loaders = [Loader(windows(), total, rows, r, world_size, CPU, start, True) for r in range(world_size)]
+        loaders = [
+            Loader(windows(), total, rows, r, world_size, CPU, start, True)
+            for r in range(world_size)
+        ]
         out = []
         for _ in range(start, steps):
             digest, rows_of_step = 0, []
@@ -159,17 +189,23 @@ def test_batches_do_not_depend_on_the_number_of_processes(tmp_path_factory, size
     one = batches(1, B)
     assert [d for d, _ in one] == [d for d, _ in batches(4, B)] == [d for d, _ in batches(2, 2 * B)]
     assert one == batches(4, B)  # also in the same place of the batch
-    assert one[steps // 2:] == batches(1, B, start=steps // 2)
-    assert len({d for d, _ in one}) == len({str(rows) for _, rows in one})  # a digest stands for its batch
+    assert one[steps // 2 :] == batches(1, B, start=steps // 2)
+    assert len({d for d, _ in one}) == len(
+        {str(rows) for _, rows in one}
+    )  # a digest stands for its batch
 
 
 def test_epochs_follow_each_other_in_a_new_order_and_cut(tmp_path):
-    w = Windows(shards.open_shards(str(counting_shards(tmp_path, [5000])), "train", 16), 16, "global", 3)
+    w = Windows(
+        shards.open_shards(str(counting_shards(tmp_path, [5000])), "train", 16), 16, "global", 3
+    )
     first, second = (np.zeros((w.per_epoch(e), 17), np.uint16) for e in (0, 1))
     w.read(np.arange(len(first)), first)
     w.read(len(first) + np.arange(len(second)), second)
     assert w.offset(0) == 0 and 0 < w.offset(1) < 16
-    assert {int(r[0]) % 16 for r in first} == {0} and {int(r[0]) % 16 for r in second} == {w.offset(1)}
+    assert {int(r[0]) % 16 for r in first} == {0} and {int(r[0]) % 16 for r in second} == {
+        w.offset(1)
+    }
 
 
 def test_a_window_is_the_same_without_preadv(tmp_path, monkeypatch):
@@ -183,13 +219,17 @@ def test_a_window_is_the_same_without_preadv(tmp_path, monkeypatch):
         w.read(np.arange(200), out[-1])
     assert np.array_equal(*out)
     with pytest.raises(UserError, match="has become shorter"):
-        Windows([Shard(str(folder / "data_train_000000.npy"), 128, 5000)], 16).read(np.arange(200), out[0])
+        Windows([Shard(str(folder / "data_train_000000.npy"), 128, 5000)], 16).read(
+            np.arange(200), out[0]
+        )
 
 
 def test_the_index_of_ten_billion_tokens_costs_nothing(tmp_path):
     """100 shards, 9.77 million windows: measured 0.01 s and 0.05 MB; the bounds leave room for a busy machine."""
     sparse_shards(str(tmp_path / "s"), [97_700 * 1024 + 1] * 100)
-    open_windows = lambda: Windows(shards.open_shards(str(tmp_path / "s"), "train", 1024), 1024, "global", 1337)
+    open_windows = lambda: Windows(
+        shards.open_shards(str(tmp_path / "s"), "train", 1024), 1024, "global", 1337
+    )
     t0 = time.perf_counter()
     open_windows().locate(np.arange(64))
     assert time.perf_counter() - t0 < 1
@@ -226,16 +266,29 @@ def test_memory_does_not_grow_over_an_epoch(tmp_path):
     if not os.path.exists("/proc/self/statm"):
         pytest.skip("measured with Linux's /proc")
     sparse_shards(str(tmp_path / "s"), [26_000_000] * 4)
-    growth = {kind: float(subprocess.run([sys.executable, "-c", RSS, str(tmp_path / "s"), kind], cwd=ROOT, check=True,
-                                         capture_output=True, text=True).stdout) for kind in ("loader", "maps")}
+    growth = {
+        kind: float(
+            subprocess.run(
+                [sys.executable, "-c", RSS, str(tmp_path / "s"), kind],
+                cwd=ROOT,
+                check=True,
+                capture_output=True,
+                text=True,
+            ).stdout
+        )
+        for kind in ("loader", "maps")
+    }
     assert growth["loader"] < 20 < 100 < growth["maps"], growth
 
 
 # ---- validation ----------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("B,world_size", [(1, 1), (3, 1), (4, 2), (5, 3)])
 def test_validation_windows_do_not_depend_on_the_layout(tmp_path, B, world_size):
-    w = Windows(shards.open_shards(str(counting_shards(tmp_path, [500, 300], "val")), "val", 16), 16)
+    w = Windows(
+        shards.open_shards(str(counting_shards(tmp_path, [500, 300], "val")), "val", 16), 16
+    )
     got = collections.Counter()
     for rank in range(world_size):
         for x, y in shards.val_batches(w, 16 * 21, B, rank, world_size, CPU):
@@ -246,10 +299,17 @@ def test_validation_windows_do_not_depend_on_the_layout(tmp_path, B, world_size)
 
 # ---- files ---------------------------------------------------------------------------------------------------------
 
+
 @settings(max_examples=25, deadline=None)
-@given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=12), shard_tokens=st.integers(50, 200))
+@given(
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=12),
+    shard_tokens=st.integers(50, 200),
+)
 def test_writer_and_reader_agree(tmp_path_factory, lengths, shard_tokens):
-    folder, documents = tmp_path_factory.mktemp("w"), [np.r_[50256, np.full(n - 1, i)].astype(np.uint16) for i, n in enumerate(lengths)]
+    folder, documents = (
+        tmp_path_factory.mktemp("w"),
+        [np.r_[50256, np.full(n - 1, i)].astype(np.uint16) for i, n in enumerate(lengths)],
+    )
     writer = ShardWriter(str(folder), "x", "train", shard_tokens)
     for d in documents:
         writer.write(d)
@@ -307,8 +367,20 @@ def damaged(folder, how):
         return "llama", "gpt2"
 
 
-@pytest.mark.parametrize("how", ["missing", "cut", "not a shard", "wrong type", "both formats", "short", "manifest",
-                                 "tokenizer", "no manifest"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "missing",
+        "cut",
+        "not a shard",
+        "wrong type",
+        "both formats",
+        "short",
+        "manifest",
+        "tokenizer",
+        "no manifest",
+    ],
+)
 def test_bad_shards_are_named(tmp_path, how):
     folder = write_shards(tmp_path, {"train": [1000, 500]})
     words = damaged(folder, how)
@@ -319,8 +391,12 @@ def test_bad_shards_are_named(tmp_path, how):
 
 def test_ids_beyond_the_vocabulary_and_shrinking_shards_are_named(tmp_path):
     folder = write_shards(tmp_path, {"train": [2000]})
-    loader = Loader(Windows(shards.open_shards(str(folder), "train", 16), 16, vocab_size=512), 64, 4, 0, 1, CPU)
-    with pytest.raises(UserError, match="data_train_000000.npy has token id .*beyond vocab_size 512.*hint"):
+    loader = Loader(
+        Windows(shards.open_shards(str(folder), "train", 16), 16, vocab_size=512), 64, 4, 0, 1, CPU
+    )
+    with pytest.raises(
+        UserError, match="data_train_000000.npy has token id .*beyond vocab_size 512.*hint"
+    ):
         loader.next()
     w = Windows([Shard(str(folder / "data_train_000000.npy"), 128, 5000)], 16)
     with pytest.raises(UserError, match="has become shorter"):
@@ -330,8 +406,15 @@ def test_ids_beyond_the_vocabulary_and_shrinking_shards_are_named(tmp_path):
 def with_manifest(folder, **more):
     """The folder with a manifest.json of all its shards."""
     found = [(f, shards.open_shard(str(f))) for f in sorted(folder.glob("*.npy"))]
-    prepare.write_manifest(str(folder), [dict(file=f.name, split=f.name.split("_")[1], tokens=s.tokens,
-                                              sha256=prepare.sha256(f)) for f, s in found], [], **more)
+    prepare.write_manifest(
+        str(folder),
+        [
+            dict(file=f.name, split=f.name.split("_")[1], tokens=s.tokens, sha256=prepare.sha256(f))
+            for f, s in found
+        ],
+        [],
+        **more,
+    )
     return folder
 
 
@@ -351,7 +434,9 @@ def next_until_error(loader, seconds=10.0):
 
 def test_a_damaged_shard_is_found_while_training(tmp_path):
     folder = with_manifest(write_shards(tmp_path, {"train": [5000, 5000]}))
-    opened = lambda rank: Loader(Windows(shards.open_shards(str(folder), "train", 16), 16), 128, 4, rank, 2, CPU)
+    opened = lambda rank: Loader(
+        Windows(shards.open_shards(str(folder), "train", 16), 16), 128, 4, rank, 2, CPU
+    )
     next_until_error(opened(0), 0.3)  # nothing wrong yet
     flip(folder / "data_train_000001.npy")
     with pytest.raises(UserError, match="data_train_000001.npy is damaged.*manifest.json; hint:"):
@@ -366,8 +451,14 @@ def test_while_a_download_goes_on_only_listed_shards_count(tmp_path):
     assert len(shards.open_shards(str(folder), "train", 16)) == 2
     with_manifest(folder)
     w = Windows(shards.open_shards(str(folder), "train", 16), 16, "global", 3, 50304)
-    assert len(w.shards) == 3 and shards.fingerprints(w.shards)[-1] != shards.fingerprints(begun.shards)[-1]
-    again, i = shards.as_begun(w, shards.fingerprints(begun.shards)[-1]), np.arange(300)  # a run begun with two resumes with two
+    assert (
+        len(w.shards) == 3
+        and shards.fingerprints(w.shards)[-1] != shards.fingerprints(begun.shards)[-1]
+    )
+    again, i = (
+        shards.as_begun(w, shards.fingerprints(begun.shards)[-1]),
+        np.arange(300),
+    )  # a run begun with two resumes with two
     assert again.shards == begun.shards and again.locate(i).tolist() == begun.locate(i).tolist()
     assert shards.as_begun(w, shards.fingerprints(w.shards)[-1]).shards == w.shards
     flip(folder / "data_train_000000.npy")
@@ -388,7 +479,9 @@ def test_hashes_are_compared_at_leisure(tmp_path, monkeypatch):
 
 # ---- audit ---------------------------------------------------------------------------------------------------------
 
-RUN = dict(T=16, world_size=4, B=2, total_batch=512, max_steps=15)  # 480 windows of 186 or less an epoch: 2.6 epochs
+RUN = dict(
+    T=16, world_size=4, B=2, total_batch=512, max_steps=15
+)  # 480 windows of 186 or less an epoch: 2.6 epochs
 
 
 def audited(folder, capsys, **changes):
@@ -396,9 +489,15 @@ def audited(folder, capsys, **changes):
     with pytest.raises(SystemExit) as e:
         shards.audit(str(folder), **(RUN | changes))
     out = capsys.readouterr().out
-    cells = {line[:24].strip() + (" " + str(i) if line.startswith("  ") else ""): line[24:].split()
-             for i, line in enumerate(out.splitlines())}
-    return int(e.value.code), cells, [line for line in out.splitlines() if line.startswith("wrong: ")]
+    cells = {
+        line[:24].strip() + (" " + str(i) if line.startswith("  ") else ""): line[24:].split()
+        for i, line in enumerate(out.splitlines())
+    }
+    return (
+        int(e.value.code),
+        cells,
+        [line for line in out.splitlines() if line.startswith("wrong: ")],
+    )
 
 
 @pytest.mark.parametrize("kind", ["sequential", "documents", "global"])
@@ -412,26 +511,53 @@ def test_audit_of_good_shards(tmp_path, capsys, kind):
     w = Windows(shards.open_shards(str(folder), "train", 16), 16, kind, 1337)
     for epoch in (0, 1):
         windows, left_out = str(w.per_epoch(epoch)), str(w.left_out(epoch).sum())
-        assert cells[f"all, epoch {epoch}"] == [windows, left_out, "0.0000%", "100.0000%", "0.0000%"]
+        assert cells[f"all, epoch {epoch}"] == [
+            windows,
+            left_out,
+            "0.0000%",
+            "100.0000%",
+            "0.0000%",
+        ]
     part = (480 - w.epoch_start(2)) / w.per_epoch(2)
     assert cells["all, epoch 2"][2:] == [f"{1 - part:.4%}", f"{part:.4%}", "0.0000%"]
-    least, most = ([v for k, v in cells.items() if k.startswith(f"a process, {word}")][0] for word in ("least", "most"))
+    least, most = (
+        [v for k, v in cells.items() if k.startswith(f"a process, {word}")][0]
+        for word in ("least", "most")
+    )
     assert float(least[3][:-1]) <= 25 <= float(most[3][:-1]) < 28 and most[4] == "0.0000%"
 
 
 def test_audit_does_not_depend_on_the_layout(tmp_path, capsys):
     folder = write_shards(tmp_path, {"train": [1000, 2000], "val": [300]})
-    rows = [{k: v for k, v in audited(folder, capsys, world_size=n, B=b)[1].items() if k.startswith("all, ")}
-            for n, b in ((1, 1), (2, 8), (32, 1))]
+    rows = [
+        {
+            k: v
+            for k, v in audited(folder, capsys, world_size=n, B=b)[1].items()
+            if k.startswith("all, ")
+        }
+        for n, b in ((1, 1), (2, 8), (32, 1))
+    ]
     assert len(rows[0]) == 3 and rows[0] == rows[1] == rows[2]
 
 
 BROKEN = {  # what is done to the folder, what the audit says
     "hash": (lambda d: flip(d / "data_train_000001.npy"), "data_train_000001.npy: its SHA-256"),
-    "cut": (lambda d: os.truncate(d / "data_train_000000.npy", 1000), "header says 1000 tokens = 2128 bytes"),
-    "missing": (lambda d: os.rename(d / "data_val_000000.npy", d / "data_val_000001.npy"), "but not there"),
-    "unlisted": (lambda d: np.save(d / "data_train_000009.npy", np.zeros(99, np.uint16)), "no such shard, on disk 99"),
-    "all": (lambda d: [f.write_bytes(b"") for f in d.glob("*train*.npy")], "data_train_000001.npy: "),
+    "cut": (
+        lambda d: os.truncate(d / "data_train_000000.npy", 1000),
+        "header says 1000 tokens = 2128 bytes",
+    ),
+    "missing": (
+        lambda d: os.rename(d / "data_val_000000.npy", d / "data_val_000001.npy"),
+        "but not there",
+    ),
+    "unlisted": (
+        lambda d: np.save(d / "data_train_000009.npy", np.zeros(99, np.uint16)),
+        "no such shard, on disk 99",
+    ),
+    "all": (
+        lambda d: [f.write_bytes(b"") for f in d.glob("*train*.npy")],
+        "data_train_000001.npy: ",
+    ),
 }
 
 
@@ -456,7 +582,11 @@ def test_audit_counts(tmp_path, capsys, monkeypatch):
     folder = write_shards(tmp_path, {"train": [1000, 2000], "val": [300]})
     monkeypatch.setattr(shards, "order", lambda seed, epoch, n, i: np.asarray(i) // 2 * 2)
     status, cells, wrong = audited(folder, capsys, data_order="global")
-    assert status == 1 and len(wrong) == 3 and "epoch 0: 0 windows are read once, 93 more often, 93 never" in wrong[0]
+    assert (
+        status == 1
+        and len(wrong) == 3
+        and "epoch 0: 0 windows are read once, 93 more often, 93 never" in wrong[0]
+    )
     assert cells["all, epoch 0"][2:] == ["50.0000%", "0.0000%", "50.0000%"]
 
 
@@ -465,30 +595,50 @@ def test_a_shuffle_of_its_own_for_each_process_loses_windows(tmp_path):
     sparse_shards(str(tmp_path / "s"), [1_600_001])
     files = shards.open_shards(str(tmp_path / "s"), "train", 16)
     for seeds, expected in (([7, 7, 7, 7], [0, 1, 0]), ([7, 8, 9, 10], [0.316, 0.422, 0.262])):
-        seen = sum(shards.times_seen(Windows(files, 16, "global", seed), 0, 100_000, 4, rank, 4)
-                   for rank, seed in enumerate(seeds))
-        assert np.bincount(seen.clip(max=2), minlength=3) / 100_000 == pytest.approx(expected, abs=0.005)
+        seen = sum(
+            shards.times_seen(Windows(files, 16, "global", seed), 0, 100_000, 4, rank, 4)
+            for rank, seed in enumerate(seeds)
+        )
+        assert np.bincount(seen.clip(max=2), minlength=3) / 100_000 == pytest.approx(
+            expected, abs=0.005
+        )
 
 
 def test_audit_from_the_command_line(tmp_path):
     folder = write_shards(tmp_path, {"train": [1000, 2000], "val": [300]})
     settings = [word for k, v in RUN.items() for word in (f"--{k}", v)]
     good = run("shards.py", "audit", folder, *settings)
-    assert good.returncode == 0 and "nothing wrong" in good.stdout and "2.581 epochs" in good.stdout, good.stderr
+    assert (
+        good.returncode == 0 and "nothing wrong" in good.stdout and "2.581 epochs" in good.stdout
+    ), good.stderr
     bad = run("shards.py", "audit", folder, "--T", "16", "--total_batch", "100")
-    assert bad.returncode == 2 and bad.stderr.startswith("error: total_batch 100 ") and bad.stderr.count("\n") == 1
+    assert (
+        bad.returncode == 2
+        and bad.stderr.startswith("error: total_batch 100 ")
+        and bad.stderr.count("\n") == 1
+    )
 
 
 # ---- the yardstick -------------------------------------------------------------------------------------------------
 
+
 def test_bigram_loss_is_that_of_the_formula(tmp_path):
     folder = write_shards(tmp_path, {"train": [3000], "val": [500]}, ids=20)
     train, val = (Windows(shards.open_shards(str(folder), s, 10), 10) for s in ("train", "val"))
-    tokens, held_out = (np.load(folder / f"data_{s}_000000.npy").astype(int) for s in ("train", "val"))
+    tokens, held_out = (
+        np.load(folder / f"data_{s}_000000.npy").astype(int) for s in ("train", "val")
+    )
     pairs, single = collections.Counter(zip(tokens[:-1], tokens[1:])), collections.Counter(tokens)
     n = val.per_epoch() * 10
-    losses = [-np.mean([np.log((pairs[a, b] + k * (single[b] + 1) / (3000 + 50257)) / (single[a] + k))
-                        for a, b in zip(held_out[:n], held_out[1: n + 1])]) for k in (10, 20, 50, 100, 200, 500, 1000)]
+    losses = [
+        -np.mean(
+            [
+                np.log((pairs[a, b] + k * (single[b] + 1) / (3000 + 50257)) / (single[a] + k))
+                for a, b in zip(held_out[:n], held_out[1 : n + 1])
+            ]
+        )
+        for k in (10, 20, 50, 100, 200, 500, 1000)
+    ]
     assert bigram_loss(train, val, 10**6) == pytest.approx(min(losses), abs=1e-9)
     assert bigram_loss(train, val, 10**6, largest=100) is None
 
@@ -498,7 +648,12 @@ def test_validation_rows_are_shared_out_however_they_divide(tmp_path):
     folder = write_shards(tmp_path, {"val": [9 * 8 + 1]})
     windows = shards.Windows(shards.open_shards(str(folder), "val", 8), 8)
     for B, world_size in ((4, 2), (1, 4), (2, 5), (16, 2)):
-        got = [list(shards.val_batches(windows, 9 * 8, B, rank, world_size, torch.device("cpu"))) for rank in range(world_size)]
+        got = [
+            list(shards.val_batches(windows, 9 * 8, B, rank, world_size, torch.device("cpu")))
+            for rank in range(world_size)
+        ]
         assert len({len(batches) for batches in got}) == 1
-        rows = [tuple(row) for batches in got for _, y in batches for row in y.tolist() if row[0] >= 0]
+        rows = [
+            tuple(row) for batches in got for _, y in batches for row in y.tolist() if row[0] >= 0
+        ]
         assert len(rows) == len(set(rows)) == 9

