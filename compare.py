@@ -1,4 +1,4 @@
-"""Runs side by side: one table and one picture. `python runlog.py compare RUN...`
+"""Runs side by side: one table and one picture. `python compare.py RUN...`
 
 Runs that differ in their seeds alone are one group: mean and standard deviation. One standard deviation of this comparison,
 s, is that of a run within its group, pooled over all groups of two runs and more. Two groups whose means are within 2 s of
@@ -14,9 +14,9 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from checkpoint import FREE_ON_RESUME
-from config import TrainConfig, UserError, one_line
-from runlog import read_metrics, say
+from config import FREE_ON_RESUME, TrainConfig
+from runtime.command_line import UserError, one_line, parse, run_script, say
+from runtime.runlog import read_metrics
 
 # Okabe and Ito 2008: told apart with any colour vision. A preset has its colour in every picture; its T = 2048 is dashed.
 COLOURS = {
@@ -239,6 +239,65 @@ def picture(groups: dict[str, list[Run]], x: str, out: str):
     plt.close(fig)
 
 
+def curves(run_dir: Path):
+    """Draw curves.png from metrics.jsonl: training and validation loss, HellaSwag when it was measured."""
+    from matplotlib.figure import Figure
+
+    records = read_metrics(run_dir)
+    points = lambda key: [(r["step"], r[key]) for r in records if r.get(key) is not None]
+    train, val, hella, bigram = (
+        points("train/loss"),
+        points("val/loss"),
+        points("val/hella_norm"),
+        points("val/bigram"),
+    )
+    fig = Figure(figsize=(11 if hella else 7, 4), layout="constrained")
+    axes = fig.subplots(1, 2 if hella else 1, squeeze=False)
+    left = axes[0][0]
+    if train:
+        left.plot(*zip(*train), color="#9ecae1", linewidth=1, label="training, one batch each")
+    if val:
+        left.plot(
+            *zip(*val),
+            "o-",
+            color="#08519c",
+            markersize=3,
+            label=f"validation, last {val[-1][1]:.4f}",
+        )
+    if bigram:
+        left.axhline(
+            bigram[-1][1],
+            color="#d95f0e",
+            linestyle="--",
+            linewidth=1,
+            label=f"bigram model {bigram[-1][1]:.4f}",
+        )
+    low = min(v for _, v in train + val) if train + val else 0
+    high = max(v for _, v in train + val) if train + val else 1
+    left.set(
+        title=Path(run_dir).name,
+        xlabel="step (optimiser updates)",
+        ylabel="loss (nats per token)",
+        ylim=(low - 0.1, min(high, low + 3.5) + 0.1),
+    )
+    left.legend(frameon=False)
+    if hella:
+        axes[0][1].plot(*zip(*hella), "o-", color="#08519c", markersize=3)
+        axes[0][1].axhline(
+            0.294463,
+            color="#d95f0e",
+            linestyle="--",
+            linewidth=1,
+            label="OpenAI GPT-2 124M, 0.2945",
+        )
+        axes[0][1].set(title="HellaSwag", xlabel="step (optimiser updates)", ylabel="acc_norm")
+        axes[0][1].legend(frameon=False)
+    for ax in axes[0]:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.3)
+    fig.savefig(Path(run_dir) / "curves.png", dpi=120)
+
+
 def main(
     runs: tyro.conf.Positional[tuple[str, ...]],
     x: Literal["step", "tokens", "time"] = "step",
@@ -256,7 +315,7 @@ def main(
         band: width of that band to either side, as a share of the reference's loss; 2 standard deviations where that is more
     """
     if not runs:
-        raise UserError("no run to compare; hint: python runlog.py compare log/a log/b")
+        raise UserError("no run to compare; hint: python compare.py log/a log/b")
     groups = grouped([read(run, x) for run in dict.fromkeys(runs)])
     s = pooled(list(groups.values()))
     print(table(groups, s))
@@ -277,3 +336,7 @@ def main(
     except OSError as e:
         raise UserError(f"cannot write {out} ({one_line(e)}); hint: --out another.png")
     say(f"picture | {out}")
+
+
+if __name__ == "__main__":
+    run_script(lambda: parse(main))

@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Callable, Iterator, Literal
 
 import torch
-import tyro
 
-import checkpoint
-from config import UserError, command_line, one_line
-from distributed import autocast_dtype, compile_error, pick_device
-from kernels import compiled
+import hf
+from kernels.build import KernelError
+from kernels.packed import pack
 from model import GPT, KVCache
-from packed import PackedGPT
+from runtime.command_line import UserError, one_line, parse, run_script
+from runtime.device import autocast_dtype, compile_error, pick_device
 from tokenizer import EOT, N_VOCAB, gpt2
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -227,26 +226,6 @@ def stream(steps: Iterator[list[int]], texts: list[Text]) -> Iterator[list[str]]
 # the model
 
 
-def newest_run(log_dir: str = "log") -> str:
-    """The run directory with the newest checkpoint. Raises UserError when there is none."""
-    found = [p for p in Path(log_dir).glob("*/ckpt/step_*/state.json")]
-    if not found:
-        raise UserError(
-            f"no run with a checkpoint in {log_dir}/; hint: python train_gpt2.py first, or --model PATH"
-        )
-    return str(max(found, key=lambda p: p.stat().st_mtime).parents[2])
-
-
-def load(where: str) -> GPT:
-    """A model from a run directory, a checkpoint, or a Hugging Face GPT-2 name or folder. Raises UserError."""
-    path = Path(where)
-    if path.exists() and not ((path / "config.json").exists() and any(path.glob("*.safetensors"))):
-        return checkpoint.load_model(checkpoint.find(where))
-    import hf
-
-    return hf.from_pretrained(where)
-
-
 def of_type(model: GPT, dtype: str, device: torch.device, packed: bool = True) -> GPT:
     """The float32 model on a device, with weights of a type: on a CPU packed for decoding, where that can be.
 
@@ -255,9 +234,10 @@ def of_type(model: GPT, dtype: str, device: torch.device, packed: bool = True) -
     wanted = torch.int8 if dtype == "int8" else autocast_dtype(device, dtype)
     why = None if wanted == torch.float32 else "torch.compile" if not packed else device.type
     if why == "cpu":
-        why = kernel if isinstance(kernel := compiled("packed.cpp"), str) else None
-        if why is None:
-            return PackedGPT(model, wanted)
+        try:
+            return pack(model, wanted)
+        except KernelError as e:
+            why = str(e)
     if wanted == torch.int8:
         raise UserError(
             f"int8 weights need a CPU and a kernel of packed.cpp, here: {why}; hint: --dtype bfloat16"
@@ -348,7 +328,7 @@ def check(args: Settings):
 def prepare(args: Settings, where: str) -> tuple[GPT, Callable]:
     """The model of the wanted type on its device, and its decode(). Raises UserError for what cannot be."""
     device = pick_device(args.device)
-    gpt = load(where).eval()
+    gpt = hf.load(where).eval()
     if gpt.config.vocab_size < N_VOCAB:
         raise UserError(
             f"{where} knows {gpt.config.vocab_size} tokens, GPT-2's tokenizer has {N_VOCAB}; "
@@ -396,11 +376,11 @@ def answer(args: Settings, gpt: GPT, step: Callable, prompts: list[str]):
 
 
 def main():
-    args = tyro.cli(Settings, use_underscores=True, config=(tyro.conf.FlagConversionOff,))
+    args = parse(Settings)
     check(args)
     typed = not (args.prompt or args.file) and sys.stdin.isatty()
     prompts = [] if typed else list(args.prompt) or read_prompts(args.file or "-")
-    gpt, step = prepare(args, args.model or newest_run())
+    gpt, step = prepare(args, args.model or hf.newest_run())
     try:
         if not typed:
             return answer(args, gpt, step, prompts)
@@ -418,4 +398,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command_line(main)
+    run_script(main)

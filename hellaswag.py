@@ -24,13 +24,13 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
-import tyro
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from config import UserError, command_line, one_line
-from distributed import World, all_sum, autocast_dtype, from_first, pick_device
-from shards import sha256
+from runtime.command_line import UserError, one_line, parse, run_script
+from runtime.device import Compute, autocast_dtype, pick_device
+from runtime.files import sha256
+from runtime.world import World, on_rank0, sum_over_ranks
 from tokenizer import EOT, gpt2
 
 DATA = Path(__file__).parent / "data" / "hellaswag_val.jsonl"
@@ -280,10 +280,8 @@ class HellaSwag:
     Rows are split over the processes, and the losses of the endings added up: the same result on any number of them.
     """
 
-    def __init__(
-        self, items: Items, model, world: World, autocast, compiled: bool = False, rows: int = 0
-    ):
-        self.items, self.model, self.world, self.autocast = items, model, world, autocast
+    def __init__(self, items: Items, model, world: World, compute: Compute, rows: int = 0):
+        self.items, self.model, self.world, self.compute = items, model, world, compute
         on_gpu = world.device.type == "cuda"
         batches, self.cut = pack(
             items, model.config.block_size, rows or (32 if on_gpu else 4), world.device
@@ -292,14 +290,16 @@ class HellaSwag:
         self.batches = batches[world.rank :: world.world_size]
         # on a CPU, compiling was not faster
         self.nats = (
-            torch.compile(nats, fullgraph=True, dynamic=False) if compiled and on_gpu else nats
+            torch.compile(nats, fullgraph=True, dynamic=False)
+            if compute.compiled and on_gpu
+            else nats
         )
 
     @torch.no_grad()
     def losses(self, poll=lambda: None, bar: bool = False) -> np.ndarray:
         """Summed loss of each ending, (n, 4), nats. poll() is called before each batch, equally often in all processes."""
         found = []
-        with self.autocast():  # around all: it keeps the weights that it has cast
+        with self.compute.autocast():  # around all: it keeps the weights that it has cast
             for i in tqdm(range(self.rounds), "hellaswag", disable=not bar, leave=False):
                 poll()
                 if i < len(self.batches):
@@ -308,7 +308,7 @@ class HellaSwag:
         if found:  # one trip from the device
             paths = torch.cat([b.path for b in self.batches]).cpu().numpy()
             sums = np.bincount(paths, torch.cat(found).cpu().double().numpy(), minlength=len(sums))
-        return all_sum(torch.from_numpy(sums)).numpy().reshape(-1, 4)
+        return sum_over_ranks(torch.from_numpy(sums)).numpy().reshape(-1, 4)
 
     def __call__(self, poll=lambda: None, bar: bool = False) -> dict:
         """acc, acc_norm, their standard errors, the protocol, the number of items and of those cut; and `choices`, by
@@ -337,17 +337,13 @@ class HellaSwag:
         )
 
 
-def for_training(
-    limit: int, model, world: World, autocast, compiled: bool, say
-) -> HellaSwag | None:
+def for_training(limit: int, model, world: World, compute: Compute) -> HellaSwag | None:
     """The set for evaluations beside training; None when limit is 0 or there is no data.
 
     The first process alone fetches and reads it, for the others may be on machines without it.
     """
-    items = (
-        from_first(lambda: (path := fetch(say)) and load(path, "gpt2", limit)) if limit else None
-    )
-    return HellaSwag(items, model, world, autocast, compiled) if items else None
+    items = on_rank0(lambda: (path := fetch()) and load(path, "gpt2", limit)) if limit else None
+    return HellaSwag(items, model, world, compute) if items else None
 
 
 def main(
@@ -372,17 +368,17 @@ def main(
         device: auto, cuda, mps or cpu
         dtype: auto, bfloat16 or float32
     """
-    import generate
+    import hf
 
     if data and not Path(data).exists():
         raise UserError(f"no such file: {data}; hint: --data FILE")
     if (path := Path(data) if data else fetch()) is None:
         raise UserError("no data; hint: --data FILE")
     world = World(0, 1, pick_device(device))
-    gpt = generate.load(model or generate.newest_run()).to(world.device)
+    gpt = hf.load(model or hf.newest_run()).to(world.device)
     kind = autocast_dtype(world.device, dtype)
-    autocast = lambda: torch.autocast(world.device.type, dtype=kind, enabled=kind != torch.float32)
-    result = HellaSwag(load(path, protocol, limit), gpt, world, autocast, compiled=True)(bar=True)
+    compute = Compute(world.device, kind, compiled=True)
+    result = HellaSwag(load(path, protocol, limit), gpt, world, compute)(bar=True)
     choices = result.pop("choices")
     if result["cut"]:
         print(
@@ -399,6 +395,4 @@ def main(
 
 
 if __name__ == "__main__":
-    command_line(
-        lambda: tyro.cli(main, use_underscores=True, config=(tyro.conf.FlagConversionOff,))
-    )
+    run_script(lambda: parse(main))

@@ -23,10 +23,13 @@ import tyro
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-import checkpoint
-import runlog
-from config import TrainConfig, UserError, command_line, near, one_line
+from config import TrainConfig
 from model import GPT, GPTConfig
+from runtime import checkpoint
+from runtime.checkpoint import Checkpoint
+from runtime.command_line import UserError, near, one_line, parse_command, run_script
+from runtime.files import fsync
+from runtime.runlog import read_metrics
 from tokenizer import EOT, N_VOCAB, hugging_face_files
 
 # The four sizes that OpenAI published, each at one fixed commit, so that a name always means the same numbers.
@@ -70,6 +73,53 @@ NANOCHAT = {
     "c_fc": "fc1",
     "mlp.c_proj": "mlp.fc2",
 }
+
+
+# --------------------------------------------------------------------------------------------------
+# models from anywhere
+
+
+def load(where: str) -> GPT:
+    """Return a model, float32 on the CPU, from a run directory, a checkpoint, or Hugging Face.
+
+    The latter by a GPT-2's name or as a folder. Raises UserError.
+    """
+    path = Path(where)
+    is_folder = (path / "config.json").exists() and not (path / "metrics.jsonl").exists()
+    is_folder = is_folder and not (path / "ckpt").exists()
+    if path.exists() and not is_folder:
+        return load_checkpoint(checkpoint.find(where))
+    return from_pretrained(where)
+
+
+def load_checkpoint(found: Checkpoint) -> GPT:
+    """Return the model of a checkpoint, on the CPU, rebuilt from the config stored with it."""
+    model = empty_model(found)
+    checkpoint.load_weights(found, model)
+    return model
+
+
+def empty_model(found: Checkpoint) -> GPT:
+    """Return a model of a checkpoint's shape. Raises UserError when it is another kind of model."""
+    try:
+        return GPT(GPTConfig(**found.state["gpt_config"]))
+    except (KeyError, TypeError) as e:
+        raise UserError(
+            f"{found.path} is not of this model ({one_line(e)}); "
+            "hint: use the version that wrote it"
+        ) from e
+
+
+def newest_run(log_dir: str = "log") -> str:
+    """Return the run directory with the newest checkpoint. Raises UserError when there is none."""
+    states = list(Path(log_dir).glob("*/ckpt/step_*/state.json"))
+    if not states:
+        raise UserError(
+            f"no run with a checkpoint in {log_dir}/; "
+            "hint: python train_gpt2.py first, or --model PATH"
+        )
+    newest = max(states, key=lambda path: path.stat().st_mtime)
+    return str(newest.parents[2])
 
 
 def from_pretrained(name_or_folder: str) -> GPT:
@@ -342,7 +392,7 @@ def run_rows(path: Path, state: dict) -> dict[str, str]:
     elsewhere = cfg["ckpt_dir"] and Path(cfg["ckpt_dir"]).resolve() == path.resolve().parent
     run_dir = Path(cfg["log_dir"], cfg["run_name"]) if elsewhere else path.resolve().parents[1]
     try:
-        for record in runlog.read_metrics(run_dir) if (run_dir / "metrics.jsonl").exists() else []:
+        for record in read_metrics(run_dir) if (run_dir / "metrics.jsonl").exists() else []:
             if "val/loss" in record and record["step"] <= step:
                 found = record
     except (OSError, ValueError, KeyError, TypeError) as e:
@@ -405,7 +455,7 @@ def new_folder(out: str):
         temporary.mkdir(parents=True)
         yield temporary
         for file in [*temporary.iterdir(), temporary]:
-            checkpoint.fsync(file)
+            fsync(file)
         if final.exists():
             final.rmdir()  # Windows renames onto nothing else
         os.replace(temporary, final)
@@ -437,9 +487,8 @@ def export(run: tyro.conf.Positional[str], out: tyro.conf.Positional[str]):
         out: folder to make
     """
     with new_folder(out) as folder:
-        path = checkpoint.find(run)
-        model = checkpoint.empty_model(path, state := checkpoint.read_state(path))
-        checkpoint.load_weights(path, model)
+        path, state = found = checkpoint.find(run)
+        model = load_checkpoint(found)
         config, weights = layout(model)
         architecture, parameters = (
             config["architectures"][0],
@@ -466,11 +515,4 @@ def export(run: tyro.conf.Positional[str], out: tyro.conf.Positional[str]):
 
 
 if __name__ == "__main__":
-    command_line(
-        lambda: tyro.extras.subcommand_cli_from_dict(
-            {"import": import_, "export": export},
-            description=__doc__,
-            use_underscores=True,
-            config=(tyro.conf.FlagConversionOff,),
-        )
-    )
+    run_script(lambda: parse_command({"import": import_, "export": export}, __doc__))

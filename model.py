@@ -1,17 +1,20 @@
 """GPT-2 in plain PyTorch, with RoPE and SwiGLU as switches, and its modern successor as another.
 
-arch "gpt2": the model of "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019) without dropout:
-pre-norm blocks, biases, learned positions, tanh-GELU, output head tied to the token embedding.
-arch "modern": what the open speed records on GPT-2 (124M) have kept, number for number what transformers'
-NanoChatForCausalLM computes: RMSNorm without gains, also after the embedding and, behind RoPE, on queries and keys;
-ReLU^2; no biases; matrices that write to the residual stream, and a head of its own, start at zero; capped logits.
+arch "gpt2": the model of "Language Models are Unsupervised Multitask Learners" (Radford et al.
+2019) without dropout: pre-norm blocks, biases, learned positions, tanh-GELU, head tied to the token
+embedding. arch "modern": the changes that the modded-nanogpt records kept; computes the same
+numbers as transformers' NanoChatForCausalLM: RMSNorm without gains, also after the embedding and,
+behind RoPE, on queries and keys; ReLU^2; no biases; output projections and the untied head
+initialised to zero; logits soft-capped.
 
 Letters in the shape comments:
-    B  sequences in a micro-batch     C  n_embd, width of the residual stream     V  vocab_size (rows, padded)
-    T  tokens in a sequence           H  n_head, attention heads                  D  C / H, width of a head
+    B  sequences in a micro-batch     C  n_embd, width of the residual stream
+    T  tokens in a sequence           H  n_head, attention heads
+    V  vocab_size (rows, padded)      D  C / H, width of a head
     S  slots of a KVCache that attention reads
 
-Depends on torch alone. Data, optimisers and Hugging Face live elsewhere (shards.py, optim.py, hf.py).
+Depends on torch alone. Data, optimizers and Hugging Face live elsewhere (shards.py, optim.py,
+hf.py).
 """
 
 import math
@@ -27,17 +30,18 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Everything that decides the shape of the network; stored with each checkpoint, which rebuilds from it."""
+    """Everything that decides the shape of the network; checkpoints store it."""
 
     block_size: int = 1024  # longest sequence the model accepts, tokens
-    vocab_size: int = 50304  # rows of the embedding: GPT-2's 50,257 ids padded to a multiple of 128 (faster matmuls)
+    # rows of the embedding: GPT-2's 50,257 ids padded to a multiple of 128 (faster matmuls)
+    vocab_size: int = 50304
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
-    use_rope: bool = (
-        False  # rotary positions in each attention layer instead of a learned table at the input
-    )
-    use_swiglu: bool = False  # gated MLP of width 8/3 C instead of the tanh-GELU MLP of width 4 C (same parameters)
+    # rotary positions in each attention layer instead of a learned table at the input
+    use_rope: bool = False
+    # gated MLP of width 8/3 C instead of the tanh-GELU MLP of width 4 C (same parameters)
+    use_swiglu: bool = False
     arch: Literal["gpt2", "modern"] = "gpt2"  # modern: all of its parts together, RoPE included
 
     @property
@@ -49,75 +53,81 @@ class GPTConfig:
         return self.use_rope or self.modern
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # rotary position embedding
 
 
 def rope_tables(
     positions: torch.Tensor, head_dim: int, base: float = 10000.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of RoPE (Su et al. 2021) at positions (..., T), each (..., T, D/2), float32.
+    """Return cosines and sines of RoPE (Su et al. 2021) at positions (..., T), each (..., T, D/2).
 
-    Pair i turns by base**(-2i/D) radians per position. Computed in each forward pass (a few microseconds beside
-    milliseconds of matmul, and free once compiled) so that no buffer has to be stored, moved or resized.
+    Pair i turns by base**(-2i/D) radians per position; float32. Computed in each forward pass (a
+    few microseconds beside milliseconds of matmul, and free once compiled) so that no buffer has to
+    be stored, moved or resized.
     """
-    freq = base ** (
-        -torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    )  # (D/2,)
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    freq = base ** (-exponents / head_dim)  # (D/2,)
     angle = positions.float()[..., None] * freq  # (..., T, D/2)
     return angle.cos(), angle.sin()
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn x (B, H, T, D) by position: element i pairs with i + D/2 ("rotate half", the GPT-NeoX and Llama layout).
+    """Turn x (B, H, T, D) by position: element i pairs with i + D/2, as in GPT-NeoX and Llama.
 
-    The turn is computed in float32 and returned in x's own type: bf16 angles lose whole positions beyond T = 256.
+    Computed in float32 and returned in x's own type: bf16 angles lose whole positions beyond T =
+    256.
     """
     x1, x2 = x.float().chunk(2, dim=-1)  # (B, H, T, D/2) each
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what decoding token by token needs
 
 
 class KVCache:
-    """Keys and values of the tokens that B sequences hold so far: all that the next token needs of them.
+    """Keys and values of the tokens decoded so far, for B sequences.
 
-    Row i holds lengths[i] tokens at positions 0, 1, ...; rows may differ. What lies in later slots is hidden by the mask
-    until it is written over, so a prompt may be padded on the right. Shapes never change: decoding compiles once.
+    Row i holds lengths[i] tokens at positions 0, 1, ...; rows may differ. Slots beyond lengths[i]
+    are masked until they are overwritten, so prompts may be right-padded. Shapes are fixed: a
+    compiled decoder compiles once.
     """
 
     def __init__(self, config: GPTConfig, B: int, size: int, device=None, dtype=None):
         shape = config.n_layer, B, config.n_head, size, config.n_embd // config.n_head
-        self.size, self.lengths = size, torch.zeros(B, dtype=torch.int64, device=device)
-        self.k, self.v = (
-            torch.zeros(shape, device=device, dtype=dtype) for _ in "kv"
-        )  # (n_layer, B, H, size, D)
+        self.size = size
+        self.lengths = torch.zeros(B, dtype=torch.int64, device=device)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)  # (n_layer, B, H, size, D)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
 
     def update(self, layer: int, S: int, positions: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
-        """Store k and v (B, H, T, D) of a layer at positions (B, T); its first S slots, (B, H, S, D) each."""
+        """Write a layer's k and v (B, H, T, D) at positions (B, T); return its first S slots."""
         rows = torch.arange(len(positions), device=k.device)[:, None]
-        for store, new in ((self.k[layer], k), (self.v[layer], v)):
-            store[rows, :, positions] = new.transpose(1, 2)
+        self.k[layer][rows, :, positions] = k.transpose(1, 2)
+        self.v[layer][rows, :, positions] = v.transpose(1, 2)
         return self.k[layer, :, :, :S], self.v[layer, :, :, :S]
 
     def put(self, rows: list[int], other: "KVCache", source: list[int]):
-        """Copy rows of another cache of the same size over rows of this one: n samples share one prefill."""
-        self.k[:, rows], self.v[:, rows] = other.k[:, source], other.v[:, source]
+        """Copy rows of another cache of the same size: n samples share one prefill."""
+        self.k[:, rows] = other.k[:, source]
+        self.v[:, rows] = other.v[:, source]
         self.lengths[rows] = other.lengths[source]
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """F.linear, but by torch.mv for a single row on the CPU, where one token is decoded as fast as weights are read."""
-    if (
-        x.numel() > x.shape[-1]
-        or not x.is_cpu
-        or torch.is_autocast_enabled("cpu")
-        or torch.compiler.is_compiling()
-    ):
+    """Compute F.linear; for a single row on the CPU by torch.mv, which is faster there.
+
+    Decoding one token is bound by reading the weights.
+    """
+    single_row = x.numel() == x.shape[-1]
+    plain_cpu = x.is_cpu and not torch.is_autocast_enabled("cpu")
+    if not single_row or not plain_cpu or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
-    y = torch.mv(weight, x.flatten()) if bias is None else torch.addmv(bias, weight, x.flatten())
+    if bias is None:
+        y = torch.mv(weight, x.flatten())
+    else:
+        y = torch.addmv(bias, weight, x.flatten())
     return y.view(*x.shape[:-1], -1)
 
 
@@ -126,14 +136,15 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the parts of a block
 
 
 def rms_norm(x: torch.Tensor) -> torch.Tensor:
-    """x / rms(x) over the last axis (Zhang and Sennrich 2019), without gains: the matrix that follows can hold them.
+    """Return x / rms(x) over the last axis (Zhang and Sennrich 2019).
 
-    Computed in float32 and returned in x's own type, as in transformers' NanoChat.
+    There is no learned gain, which the next matrix can absorb. Computed in float32 and returned in
+    x's own type, as in transformers' NanoChat.
     """
     return F.rms_norm(x.float(), x.shape[-1:], eps=1e-6).type_as(x)
 
@@ -152,35 +163,35 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.n_head, self.qk_norm = config.n_head, config.modern
-        self.causal = partial(
-            F.scaled_dot_product_attention, is_causal=True
-        )  # for a CPU kernels.py has a faster one
+        self.n_head = config.n_head
+        self.qk_norm = config.modern
+        # kernels/attention.py has a faster one for a CPU
+        self.attend = partial(F.scaled_dot_product_attention, is_causal=True)
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=not config.modern)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=not config.modern)
 
-    def forward(self, x, rope, mask, kept=None):
+    def forward(self, x, rope, mask, update_cache=None):
         B, T, C = x.shape
-        heads = lambda z: z.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
-        q, k, v = map(heads, self.c_attn(x).split(C, dim=2))
+        q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
+        q = q.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
+        k = k.view(B, T, self.n_head, -1).transpose(1, 2)
+        v = v.view(B, T, self.n_head, -1).transpose(1, 2)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        if (
-            self.qk_norm
-        ):  # Henry et al. 2020: however large the weights become, no score exceeds sqrt(D)
+        if self.qk_norm:
+            # Henry et al. 2020: however large the weights become, no score exceeds sqrt(D)
             q, k = rms_norm(q), rms_norm(k)
-        if kept is not None:
-            k, v = kept(k, v)  # (B, H, S, D)
-        y = (
-            self.causal(q, k, v)
-            if mask is None
-            else F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        )  # (B, H, T, D)
+        if update_cache is not None:
+            k, v = update_cache(k, v)  # (B, H, S, D)
+        if mask is None:
+            y = self.attend(q, k, v)  # (B, H, T, D)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
 class GeluMLP(nn.Module):
-    """C -> 4C -> C with the tanh form of GELU: GPT-2 was trained with it, and the exact form gives other logits."""
+    """C -> 4C -> C with the tanh form of GELU, not the exact one: GPT-2 was trained with it."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -192,9 +203,10 @@ class GeluMLP(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """silu(x W_gate) * (x W_fc), then W_proj (Shazeer 2020). Three matrices of width 8/3 C hold what two of 4 C do.
+    """silu(x W_gate) * (x W_fc), then W_proj (Shazeer 2020).
 
-    The width is rounded up to a multiple of 8 for the tensor cores: 768 gives exactly 2,048.
+    Three matrices of width 8/3 C have as many parameters as two of width 4 C. The width is rounded
+    up to a multiple of 8 for the tensor cores: 768 gives exactly 2,048.
     """
 
     def __init__(self, config: GPTConfig):
@@ -220,41 +232,54 @@ class ReluSquaredMLP(nn.Module):
         return self.c_proj(F.relu(self.c_fc(x)).square())
 
 
+def mlp(config: GPTConfig) -> nn.Module:
+    if config.modern:
+        return ReluSquaredMLP(config)
+    if config.use_swiglu:
+        return SwiGLU(config)
+    return GeluMLP(config)
+
+
 class Block(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.ln_1 = norm(config)
         self.attn = Attention(config)
         self.ln_2 = norm(config)
-        self.mlp = (ReluSquaredMLP if config.modern else SwiGLU if config.use_swiglu else GeluMLP)(
-            config
-        )
+        self.mlp = mlp(config)
 
-    def forward(self, x, rope, mask, kept=None):
-        x = x + self.attn(self.ln_1(x), rope, mask, kept)
+    def forward(self, x, rope, mask, update_cache=None):
+        x = x + self.attn(self.ln_1(x), rope, mask, update_cache)
         return x + self.mlp(self.ln_2(x))
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the model
 
 
 class GPT(nn.Module):
-    """GPT-2. Parameters start from the global torch generator: call torch.manual_seed first.
+    """GPT-2. Parameters are drawn from the global torch generator: call torch.manual_seed first.
 
-    The head has no weight of its own (it reads wte) unless modern, and there are no buffers, so state_dict() holds each
-    number once. Raises ValueError when n_embd does not divide into n_head heads (of even width, for RoPE).
+    The head has no weight of its own (it reads wte) unless modern, and there are no buffers, so
+    state_dict() holds each number once. Raises ValueError when n_embd does not divide into n_head
+    heads (of even width, for RoPE).
     """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        if config.n_embd % config.n_head or (config.rotary and config.n_embd // config.n_head % 2):
+        if config.n_embd % config.n_head:
             raise ValueError(
                 f"n_embd {config.n_embd} does not divide into n_head {config.n_head} heads"
-                + " of even width" * config.rotary
+            )
+        if config.rotary and config.n_embd // config.n_head % 2:
+            raise ValueError(
+                f"n_embd {config.n_embd} does not divide into n_head {config.n_head} heads "
+                "of even width"
             )
         self.config = config
-        self.recompute = False  # True: keep only each block's input, and compute the rest again in the backward pass
+        # activation checkpointing: store each block's input, recompute the rest in the backward
+        # pass
+        self.recompute = False
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         if not config.rotary:
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -262,23 +287,30 @@ class GPT(nn.Module):
         self.ln_f = norm(config)
         if config.modern:
             self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
-        for name, p in self.named_parameters():
-            if (
-                name.endswith("bias")
-                or config.modern
-                and name.endswith(("c_proj.weight", "lm_head.weight"))
-            ):
-                nn.init.zeros_(p)
-            elif config.modern:
-                # wte is normalised at once, and 1 suits its learning rate of 0.7; 1/sqrt(3 C), what torch gives a linear
-                # layer, is 0.0208 at C = 768, so GPT-2's 0.02, but keeps activations alike at any width
-                nn.init.normal_(p, std=1.0 if name == "wte.weight" else (3 * config.n_embd) ** -0.5)
-            elif name.endswith("c_proj.weight"):
-                # GPT-2 paper, section 2.3: 1/sqrt(N) on the N = 2 n_layer layers that add to the residual stream,
-                # so that its variance at the top does not grow with depth
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
-            elif p.dim() == 2:
-                nn.init.normal_(p, std=0.02)
+        for name, parameter in self.named_parameters():
+            self.initialise(name, parameter)
+
+    def initialise(self, name: str, parameter: nn.Parameter):
+        config = self.config
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        elif parameter.dim() < 2:
+            pass  # gains of LayerNorm: 1
+        elif config.modern and name.endswith(("c_proj.weight", "lm_head.weight")):
+            nn.init.zeros_(parameter)
+        elif config.modern and name == "wte.weight":
+            # normalised at once; 1 suits its learning rate of 0.7
+            nn.init.normal_(parameter, std=1.0)
+        elif config.modern:
+            # 1/sqrt(3 C), what torch gives a linear layer: 0.0208 at C = 768, so GPT-2's 0.02, but
+            # activations stay alike at any width
+            nn.init.normal_(parameter, std=(3 * config.n_embd) ** -0.5)
+        elif name.endswith("c_proj.weight"):
+            # GPT-2 paper, section 2.3: 1/sqrt(N) on the N = 2 n_layer layers that add to the
+            # residual stream, so that its variance at the top does not grow with depth
+            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
+        else:
+            nn.init.normal_(parameter, std=0.02)
 
     def trunk(
         self,
@@ -286,47 +318,59 @@ class GPT(nn.Module):
         positions: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
         cache: KVCache | None = None,
-    ):
-        """Token ids (B, T) to the normalised residual stream (B, T, C), ready for the head.
+    ) -> torch.Tensor:
+        """Turn token ids (B, T) into the normalised residual stream (B, T, C), ready for the head.
 
-        Rows that hold several texts say so: positions (B, T), all below block_size, in place of 0..T-1; mask (B, 1, T, T),
-        true where a token (row) may look at another (column), in place of the causal one. With a cache, idx continues
-        the tokens in it: they are seen, too, and idx is added. There must be room, and no position beyond block_size.
+        For rows that hold several texts give positions (B, T) instead of 0..T-1, and mask (B, 1, T,
+        T), true where a query (row) may attend to a key (column), instead of the causal mask. With
+        a cache, idx continues the cached tokens and is appended to it; positions must stay below
+        block_size.
         """
         T = idx.shape[1]
         if positions is None and self.config.block_size < T:
             raise ValueError(f"sequence of {T} tokens exceeds block_size {self.config.block_size}")
         if cache is not None:
             positions = cache.lengths[:, None] + torch.arange(T, device=idx.device)  # (B, T)
-            # on the CPU no more slots than are in use (sixteen rows, half full: attention in half the time); a GPU would
-            # have to be waited for, and a compiled step has one shape
-            S = (
-                int(positions.max()) + 1
-                if idx.is_cpu and not torch.compiler.is_compiling()
-                else cache.size
-            )
-            hidden = torch.arange(S, device=idx.device) > positions[..., None]  # (B, T, S)
-            # added to the scores: of a mask of bools each layer would make such numbers
-            mask = torch.zeros(hidden.shape, device=idx.device, dtype=cache.k.dtype).masked_fill(
-                hidden, -torch.inf
-            )[:, None]
+            mask = self.cache_mask(cache, positions)  # (B, 1, T, S)
             cache.lengths += T
-        x, rope = self.wte(idx), None  # (B, T, C)
-        if self.config.modern:
-            x = rms_norm(x)
-        if self.config.rotary:
-            at = torch.arange(T, device=idx.device) if positions is None else positions[:, None]
-            rope = rope_tables(at, self.config.n_embd // self.config.n_head)
-        else:
-            x = x + (self.wpe.weight[:T] if positions is None else self.wpe(positions))
+        x, rope = self.embed(idx, positions)  # (B, T, C)
         for i, block in enumerate(self.h):
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, mask, use_reentrant=False)
+            elif cache is not None:
+                x = block(x, rope, mask, partial(cache.update, i, mask.shape[-1], positions))
             else:
-                x = block(
-                    x, rope, mask, None if cache is None else partial(cache.update, i, S, positions)
-                )
+                x = block(x, rope, mask)
         return self.ln_f(x)
+
+    def embed(self, idx: torch.Tensor, positions: torch.Tensor | None):
+        """Return the input of the first block (B, T, C), and the tables of RoPE, or None."""
+        T = idx.shape[1]
+        x = self.wte(idx)
+        if self.config.modern:
+            x = rms_norm(x)
+        if self.config.rotary:
+            if positions is None:
+                where = torch.arange(T, device=idx.device)  # (T,)
+            else:
+                where = positions[:, None]  # (B, 1, T): the same for all heads
+            return x, rope_tables(where, self.config.n_embd // self.config.n_head)
+        if positions is None:
+            return x + self.wpe.weight[:T], None
+        return x + self.wpe(positions), None
+
+    def cache_mask(self, cache: KVCache, positions: torch.Tensor) -> torch.Tensor:
+        """Return what is added to the scores, (B, 1, T, S): -inf for slots after a token."""
+        S = cache.size
+        if positions.is_cpu and not torch.compiler.is_compiling():
+            # CPU: attend only to the slots in use (half the time with 16 half-full rows). A GPU
+            # would have to sync to know them, and a compiled step has one shape.
+            S = int(positions.max()) + 1
+        slots = torch.arange(S, device=positions.device)
+        hidden = slots > positions[..., None]  # (B, T, S)
+        # a float mask, made once: SDPA would convert a boolean one in every layer
+        zeros = torch.zeros(hidden.shape, device=positions.device, dtype=cache.k.dtype)
+        return zeros.masked_fill(hidden, -torch.inf)[:, None]
 
     @property
     def head_weight(self) -> nn.Parameter:
@@ -334,42 +378,45 @@ class GPT(nn.Module):
         return self.lm_head.weight if self.config.modern else self.wte.weight
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
-        """Residual stream (..., C) to logits (..., V)."""
+        """Turn the residual stream (..., C) into logits (..., V)."""
         return self.cap(linear(x, self.head_weight))
 
     def cap(self, logits: torch.Tensor) -> torch.Tensor:
-        """modern: 15 tanh(z / 15), float32 (the soft cap of Gemma 2, Riviere et al. 2024).
+        """Soft-cap modern's logits: 15 tanh(z / 15), float32 (Gemma 2, Riviere et al. 2024).
 
-        By way of the sigmoid: compiled for a CPU, head and loss take 11% less time than with tanh (two AVX2 cores).
+        Written with a sigmoid, 15 tanh(z / 15) = 30 sigmoid(2 z / 15) - 15: 11% faster for head and
+        loss when compiled for a CPU (two AVX2 cores).
         """
-        return 30 * torch.sigmoid(logits.float() * (2 / 15)) - 15 if self.config.modern else logits
+        if not self.config.modern:
+            return logits
+        return 30 * torch.sigmoid(logits.float() * (2 / 15)) - 15
 
     def forward(
         self, idx: torch.Tensor, targets: torch.Tensor | None = None, reduction: str = "mean"
     ) -> torch.Tensor:
-        """Loss in nats when targets (B, T) are given, otherwise logits (B, T, V).
+        """Return the loss in nats when targets (B, T) are given, otherwise logits (B, T, V).
 
-        Targets of -1 do not count. reduction as in F.cross_entropy; "none" gives (B, T). Never both loss and logits:
-        at B = 64, T = 1024 the logits are 6.6 GB in bf16, and returning them keeps the compiler from fusing them away.
+        Targets of -1 do not count; reduction is "mean" or "sum". Never both loss and logits: at B =
+        64, T = 1024 the logits are 6.6 GB in bf16, and returning them keeps the compiler from
+        fusing them away.
         """
         logits = self.head(self.trunk(idx))  # (B, T, V)
         if targets is None:
             return logits
-        loss = F.cross_entropy(
+        return F.cross_entropy(
             logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=reduction
         )
-        return loss.view_as(targets) if reduction == "none" else loss
 
     def num_params(self) -> int:
-        """All parameters, the tied head once: 124.48M for the default configuration."""
+        """Count all parameters, the tied head once: 124.48M for the default configuration."""
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, T: int) -> float:
-        """Floating-point operations of one training token, forward and backward: 6 N + 12 L C T (PaLM, appendix B).
+        """Count the floating-point operations of one training token, forward and backward.
 
-        N counts the parameters that take part in a matmul: the head does, tied or not, the look-ups in wte and wpe do not.
+        6 N + 12 L C T (PaLM, appendix B). N counts the parameters that take part in a matmul: the
+        head does, tied or not, the look-ups in wte and wpe do not.
         """
-        N = self.head_weight.numel() + sum(
-            p.numel() for b in self.h for p in b.parameters() if p.dim() == 2
-        )
+        matrices = [p for block in self.h for p in block.parameters() if p.dim() == 2]
+        N = self.head_weight.numel() + sum(p.numel() for p in matrices)
         return 6 * N + 12 * self.config.n_layer * self.config.n_embd * T

@@ -1,210 +1,104 @@
-"""Optimisers, learning-rate schedules, and what happens to gradients between the two."""
+"""Optimizers, learning-rate schedules, gradient accumulation."""
 
 import math
-from collections import defaultdict
 
 import torch
 import torch.distributed as dist
-from torch.nn import functional as F
 
-# --------------------------------------------------------------------------------------------------------------------
-# schedules: pure functions of the step (0-based), chosen by name
-#
-# All begin with a linear warm-up from max_lr / warmup_steps, so that the first step is not lost to a rate of 0, and give
-# min_lr at max_steps and beyond.
+from muon import Muon, muon_momentum
+
+# --------------------------------------------------------------------------------------------------
+# schedules: pure functions of the step (0-based)
+
+
+def learning_rate(cfg, step: int) -> float:
+    """Return the learning rate of a step: a linear warm-up, then the schedule that cfg names.
+
+    The warm-up begins at max_lr / warmup_steps, so that the first step is not lost to a rate of 0.
+    At max_steps and beyond the rate is min_lr.
+    """
+    if step < cfg.warmup_steps:
+        return cfg.max_lr * (step + 1) / cfg.warmup_steps
+    if cfg.schedule == "cosine":
+        return cosine(step, cfg.max_lr, cfg.min_lr, cfg.warmup_steps, cfg.max_steps)
+    return constant_linear(step, cfg.max_lr, cfg.min_lr, cfg.max_steps)
 
 
 def cosine(step: int, max_lr: float, min_lr: float, warmup_steps: int, max_steps: int) -> float:
-    """Half a cosine from max_lr to min_lr."""
-    if step < warmup_steps:
-        return max_lr * (step + 1) / warmup_steps
+    """Follow half a cosine from max_lr to min_lr."""
     done = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
     return min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (max_lr - min_lr)
 
 
-def linear(step: int, max_lr: float, min_lr: float, warmup_steps: int, max_steps: int) -> float:
-    """A straight line from max_lr to min_lr."""
-    if step < warmup_steps:
-        return max_lr * (step + 1) / warmup_steps
-    done = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
-    return (1 - done) * max_lr + done * min_lr  # exact at both ends
-
-
 def constant_linear(
-    step: int, max_lr: float, min_lr: float, warmup_steps: int, max_steps: int, decay: float = 0.7
+    step: int, max_lr: float, min_lr: float, max_steps: int, decay: float = 0.7
 ) -> float:
-    """max_lr, then a straight line to min_lr over the last `decay` of the steps (0.7: modded-nanogpt's readable script)."""
-    if step < warmup_steps:
-        return max_lr * (step + 1) / warmup_steps
+    """Stay at max_lr, then follow a straight line to min_lr over the last `decay` of the steps.
+
+    0.7: modded-nanogpt's readable script.
+    """
     left = max(0.0, (max_steps - step) / max(1, max_steps))
     return min_lr + min(1.0, left / decay) * (max_lr - min_lr)
 
 
-def muon_momentum(step: int, max_steps: int) -> float:
-    """Muon's momentum: 0.85 to 0.95 over 300 steps (worth 0.013 nats in 3,200, modded-nanogpt), fewer in a shorter run."""
-    return 0.85 + 0.1 * min(1.0, step / max(1, min(300, max_steps // 10)))
-
-
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, step: int, max_steps: int):
-    """The schedule's rate, times each group's scale; and the momentum of the step, where there is Muon."""
+    """Set the rate of each group, lr times its scale, and Muon's momentum."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("scale", 1.0)
         if "momentum" in group:
             group["momentum"] = muon_momentum(step, max_steps)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# AdamW
-
-
-def adamw(
-    model: torch.nn.Module, lr: float, betas: tuple[float, float], weight_decay: float
-) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices and embeddings only: pulling biases and norms to 0 has no purpose.
-
-    eps 1e-8 as in the published runs. Fused: one kernel over all parameters (CPU and CUDA).
-    """
-    params = list(model.parameters())
-    groups = [
-        dict(params=[p for p in params if p.dim() >= 2], weight_decay=weight_decay),
-        dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0),
-    ]
-    fused = params[0].device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8, fused=fused)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Muon
+# --------------------------------------------------------------------------------------------------
+# optimizers
 
 
 def build(cfg, model: torch.nn.Module, dtype: torch.dtype) -> torch.optim.Optimizer:
-    """The optimiser that the settings name. dtype: of Muon's multiplications, the autocast type of the run."""
+    """Build the optimizer that cfg names; dtype, the run's autocast type, is for Muon's matmuls."""
     if cfg.optimizer == "adamw":
         return adamw(model, cfg.max_lr, cfg.betas, cfg.weight_decay)
-    fused = next(model.parameters()).device.type in ("cpu", "cuda")
     # eps, and a decay of 0.001, as in the script that the rates are from (config.py)
-    others = torch.optim.AdamW(
+    adam = torch.optim.AdamW(
         [
-            dict(params=[model.wte.weight], scale=cfg.embed_lr / cfg.max_lr),
-            dict(params=[model.lm_head.weight], scale=cfg.head_lr / cfg.max_lr),
+            {"params": [model.wte.weight], "scale": cfg.embed_lr / cfg.max_lr},
+            {"params": [model.lm_head.weight], "scale": cfg.head_lr / cfg.max_lr},
         ],
         lr=cfg.max_lr,
         betas=cfg.betas,
         eps=1e-10,
         weight_decay=0.001,
-        fused=fused,
+        fused=has_fused_kernels(model),
     )
-    return Muon(dict(model.h.named_parameters()), others, cfg.max_lr, cfg.weight_decay, dtype)
+    matrices = dict(model.h.named_parameters())
+    return Muon(matrices, adam, cfg.max_lr, cfg.weight_decay, dtype)
 
 
-class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) for hidden matrices, and the given AdamW for all else, as one optimiser.
+def adamw(
+    model: torch.nn.Module, lr: float, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.AdamW:
+    """Build AdamW with weight decay on matrices and embeddings only.
 
-    The momentum of a matrix replaced by the nearest orthogonal one: every direction moves by lr. As torch.optim.Muon, but
-    matrices of one shape are multiplied together, each process takes its share of them and hands it round, and the
-    q, k and v of an attention layer are three matrices. All of the momentum is kept by every process: the first one alone
-    writes a checkpoint, from which any number goes on.
+    Pulling biases and norms to 0 has no purpose. eps 1e-8 as in the published runs. Fused: one
+    kernel over all parameters (CPU and CUDA).
     """
-
-    def __init__(
-        self,
-        matrices: dict[str, torch.nn.Parameter],
-        others: torch.optim.AdamW,
-        lr: float,
-        weight_decay: float,
-        dtype: torch.dtype,
-    ):
-        super().__init__(
-            [dict(params=list(matrices.values()))],
-            dict(lr=lr, weight_decay=weight_decay, momentum=0.95, fused=others.defaults["fused"]),
-        )
-        self.parts = {p: 3 if "c_attn" in name else 1 for name, p in matrices.items()}
-        self.others, self.dtype, others.state = (
-            others,
-            dtype,
-            self.state,
-        )  # one state and one list of groups for both
-        self.param_groups += others.param_groups
-
-    @torch.no_grad()
-    def step(self):
-        """One update; none at all where found_inf (see step_if) is 1."""
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None:
-            self.others.found_inf = found_inf
-        self.others.step()
-        group, by_shape = self.param_groups[0], defaultdict(list)
-        for p in group["params"]:
-            if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            for part in zip(
-                *(t.chunk(self.parts[p]) for t in (p, p.grad, self.state[p]["momentum_buffer"]))
-            ):
-                by_shape[part[0].shape].append(part)
-        for (rows, columns), parts in by_shape.items():
-            weights, grads, momenta = map(list, zip(*parts))
-            g, m = torch.stack(grads), torch.stack(momenta)  # (n, rows, columns)
-            lr = group["lr"]
-            if found_inf is not None:  # the momentum stays: lerp between equals is exact
-                g, lr = torch.where(found_inf > 0, m, g), lr * (1 - found_inf)
-            m.lerp_(g, 1 - group["momentum"])
-            torch._foreach_copy_(momenta, m.unbind())
-            update = self.orthogonal(g.lerp(m, group["momentum"]))  # Nesterov
-            torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
-            # a tall matrix has columns of length 1 and so shorter rows, which are what the layer's outputs come from
-            torch._foreach_add_(weights, (update * (-lr * max(1, rows / columns) ** 0.5)).unbind())
-
-    def orthogonal(self, x: torch.Tensor) -> torch.Tensor:
-        """newton_schulz() of each matrix of x (n, rows, columns), float32; the same on all processes, which share the work."""
-        n, (rank, world) = (
-            len(x),
-            (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1),
-        )
-        share = -(-n // world)
-        mine = newton_schulz(x[rank * share : (rank + 1) * share].to(self.dtype))
-        if world == 1:
-            return mine.float()
-        mine = F.pad(mine, (0, 0, 0, 0, 0, share - len(mine)))
-        every = mine.new_empty(world * share, *x.shape[1:])
-        dist.all_gather_into_tensor(every, mine)
-        return every[:n].float()
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8, fused=has_fused_kernels(model))
 
 
-def newton_schulz(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """About U V^T for each matrix U S V^T of x (n, rows, columns).
-
-    Singular values above 0.005 of a matrix's length come to between 0.7 and 1.2, smaller ones stay smaller. The polynomial
-    of Jordan et al. 2024: its slope at 0 counts for more than the value that it settles at.
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    tall = x.shape[1] > x.shape[2]
-    x = x.mT if tall else x
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    polynomial = lambda gram: torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b G + c G^2
-    if x.dtype == torch.float32 and x.shape[2] >= 2 * x.shape[1]:
-        # The rounds by Gram matrices alone: 25 n^3 multiplications for n x 4n instead of 45, two thirds of the time on a CPU.
-        # Rounding grows by a^2 a round, which float32 has room for (2e-4 of the update) and bfloat16 has not
-        gram, product = x @ x.mT, None
-        for left in reversed(range(steps)):
-            factor = polynomial(gram)
-            factor.diagonal(dim1=1, dim2=2).add_(a)
-            product = factor if product is None else factor @ product
-            gram = factor @ gram @ factor if left else gram
-        x = product @ x
-    else:
-        for _ in range(steps):
-            x = torch.baddbmm(x, polynomial(x @ x.mT), x, beta=a)
-    return x.mT if tall else x
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# between gradients and optimiser
+def has_fused_kernels(model: torch.nn.Module) -> bool:
+    return next(model.parameters()).device.type in ("cpu", "cuda")
 
 
 def step_if(healthy: torch.Tensor, optimizer: torch.optim.Optimizer):
-    """optimizer.step(), or nothing at all where `healthy` (0-d bool, on the device) is False.
+    """Call optimizer.step(), or do nothing where `healthy` (0-d bool, on the device) is False.
 
-    The fused kernels look at found_inf, which is there for gradient scalers, themselves: nothing waits for the device.
+    The fused kernels look at found_inf, made for gradient scalers, themselves: there is no GPU
+    sync.
     """
     if optimizer.defaults["fused"]:
         optimizer.found_inf = (~healthy).float()
@@ -213,23 +107,90 @@ def step_if(healthy: torch.Tensor, optimizer: torch.optim.Optimizer):
         optimizer.step()
 
 
-def add_in_order(
-    parameters: list[torch.nn.Parameter], loss: torch.Tensor, sums: list | None
-) -> list[torch.Tensor]:
-    """sums + this micro-batch's gradients and loss, of all processes one after the other; takes the gradients away.
+# --------------------------------------------------------------------------------------------------
+# gradients
 
-    Floating-point sums depend on their order. Here it is that of the micro-batches in the global batch, however many
-    processes share them, so every split gives the same bits. Costs one gradient per process in memory and traffic.
+
+class Gradients:
+    """Gradients of all micro-steps and all processes, added up in p.grad, and the mean loss.
+
+    DDP adds them up in the last backward pass. With in_order they are added one after the other, in
+    the order of the global batch: slower, but any number of processes computes bit-identical sums.
     """
-    mine = [p.grad for p in parameters] + [loss.detach()]
-    for rank in range(dist.get_world_size() if dist.is_initialized() else 1):
-        if dist.is_initialized():
-            theirs = [t.clone() for t in mine]
-            for t in theirs:
-                dist.broadcast(t, rank)
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        ddp: torch.nn.Module | None,
+        micro_steps: int,
+        in_order: bool,
+    ):
+        self.parameters = list(model.parameters())
+        self.ddp = ddp
+        self.in_order = in_order
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        # DDP divides by world_size itself
+        self.divisor = micro_steps if ddp else micro_steps * self.world_size
+        self.restart()
+
+    def restart(self):
+        self.loss = torch.zeros((), device=self.parameters[0].device)
+        self.sums: list[torch.Tensor] | None = None  # in order: gradients, then the loss
+
+    def sync(self, last: bool):
+        """Exchange gradients in the last micro-step only. Call it before the forward pass.
+
+        That is when DDP reads it.
+        """
+        if self.ddp:
+            self.ddp.require_backward_grad_sync = last
+
+    def add(self, loss: torch.Tensor):
+        """Run the backward pass of a micro-step's mean loss."""
+        loss = loss / self.divisor
+        loss.backward()
+        self.loss += loss.detach()
+        if self.in_order:
+            self.sums = add_in_order(self.parameters, loss, self.sums)
+
+    def finish(self, clip: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the mean loss of the global batch and the gradient's norm before clipping."""
+        if self.in_order:
+            *grads, loss = self.sums
+            for p, grad in zip(self.parameters, grads):
+                p.grad = grad
         else:
-            theirs = mine
-        sums = theirs if sums is None else [a + b for a, b in zip(sums, theirs)]
+            loss = self.loss
+            if dist.is_initialized():
+                dist.all_reduce(loss)
+            loss = loss / self.world_size
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters])
+        if clip:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, clip, norm)
+        self.restart()
+        return loss, norm
+
+
+def add_in_order(
+    parameters: list[torch.nn.Parameter], loss: torch.Tensor, sums: list[torch.Tensor] | None
+) -> list[torch.Tensor]:
+    """Add the gradients and loss of this micro-step to `sums`, and clear p.grad.
+
+    Process by process in rank order: floating-point sums depend on their order, and this one is
+    that of the micro-batches in the global batch, however many processes share them. Costs one
+    gradient per process in memory and traffic.
+    """
+    own = [p.grad for p in parameters] + [loss.detach()]
+    for rank in range(dist.get_world_size() if dist.is_initialized() else 1):
+        received = own
+        if dist.is_initialized():
+            received = [t.clone() for t in own]
+            for t in received:
+                dist.broadcast(t, rank)
+        if sums is None:
+            sums = received
+        else:
+            sums = [a + b for a, b in zip(sums, received)]
     for p in parameters:
         p.grad = None
     return sums

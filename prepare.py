@@ -42,9 +42,9 @@ import tyro
 from tqdm import tqdm
 
 import tokenizer
-from checkpoint import write_json
-from config import UserError, command_line, one_line
-from shards import open_shard, read_manifest, scan, sha256
+from runtime.command_line import UserError, one_line, run_script
+from runtime.files import sha256, write_json
+from shard_files import open_shard, read_manifest, scan
 
 INPUT = Path(__file__).parent / "data" / "input.txt"
 TINY_URL = (
@@ -1102,4 +1102,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command_line(main)
+    run_script(main)

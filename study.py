@@ -27,7 +27,7 @@ from typing import Literal, NamedTuple
 
 import tyro
 
-from config import UserError, command_line
+from runtime.command_line import UserError, run_script
 
 SHAPE = dict(
     n_layer=13,
@@ -172,6 +172,6 @@ def main(args: Study):
 
 
 if __name__ == "__main__":
-    command_line(
+    run_script(
         lambda: main(tyro.cli(Study, use_underscores=True, config=(tyro.conf.FlagConversionOff,)))
     )

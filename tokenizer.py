@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from config import UserError
+from runtime.command_line import UserError
 
 EOT = 50256  # <|endoftext|>: stands before each document, and is the only special token
 N_VOCAB = 50257  # ids that exist; the model's vocab_size is padded beyond it

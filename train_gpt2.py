@@ -1,156 +1,307 @@
-"""Train GPT-2. This docstring is the launch manual; `--help` lists every setting, config.py explains them.
+"""Train GPT-2. `--help` lists every setting, config.py explains them, runs/ has whole recipes.
 
-A small model on Tiny Shakespeare, on any machine, in a few minutes (no account, no data to fetch by hand):
+A small model on Shakespeare, on any machine, in a few minutes (no account, no download):
     python train_gpt2.py
-GPT-2 (124M) on FineWeb-Edu shards in data/fineweb-edu-10BT (prepare.py), on one GPU:
+GPT-2 (124M) on FineWeb-Edu shards in data/fineweb-edu-10BT (prepare.py), on one GPU or on four:
     python train_gpt2.py gpt2-rope
-on the four H100 of the published runs, and the same without peer-to-peer copies (consumer GPUs, or when NCCL hangs):
     torchrun --standalone --nproc_per_node=4 train_gpt2.py gpt2-rope
-    NCCL_P2P_DISABLE=1 torchrun --standalone --nproc_per_node=4 train_gpt2.py gpt2-rope
-on two machines of eight (run on both, node_rank 0 and 1):
-    torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=29500 \\
-        train_gpt2.py gpt2-rope --B 32
 on CPUs, two processes, a few steps:
-    torchrun --standalone --nproc_per_node=2 train_gpt2.py gpt2-rope --device cpu --B 2 --T 512 --total_batch 2048 \\
-        --max_steps 5 --val_tokens 8192 --hellaswag_limit 0
-with restarts after a crash (the variable makes them reliable; torchrun itself reads it):
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone --nproc_per_node=4 --max-restarts=100 \\
-        train_gpt2.py gpt2-rope
-Continue an interrupted run: the same command again. Start anew beside it: --run_name NAME. Fine-tune: --init_from gpt2.
-Evaluate a checkpoint: --eval_only True --init_from log/gpt2-rope. See what would run: --dry_run True.
-Exit status: 0 done; 2 a mistake in what was given; 75 stopped by a signal (SIGTERM, SIGINT, SIGUSR1, SIGHUP) with a
-checkpoint; anything else a fault.
+    torchrun --standalone --nproc_per_node=2 train_gpt2.py gpt2-rope --device cpu --B 2 --T 512 \\
+        --total_batch 2048 --max_steps 5 --val_tokens 8192 --hellaswag_limit 0
+from Python or a notebook:
+    result = train_gpt2.train(config.preset("shakespeare", max_steps=50))
+To resume an interrupted run, give the same command again; --run_name NAME starts a second run.
+Fine-tune: --init_from gpt2. Evaluate a checkpoint: --eval_only True --init_from log/gpt2-rope.
+See what would run: --dry_run True. When NCCL hangs (no peer-to-peer copies): NCCL_P2P_DISABLE=1.
 
-Everything a run writes is in log/RUN_NAME/: config.json, env.json, metrics.jsonl, samples.txt, curves.png, ckpt/, and, as
-its last act, finished.json.
+Exit status: 0 done; 2 a mistake by the user; 75 stopped by a signal (SIGTERM, SIGINT, SIGUSR1,
+SIGHUP) with a checkpoint; anything else is a bug.
+
+Everything that a run writes is in log/RUN_NAME/: config.json, env.json, metrics.jsonl, samples.txt,
+curves.png, ckpt/, and, written last, finished.json.
 """
 
 import sys
 
-from config import (
-    UserError,
-    command_line,
-    fit_warmup,
-    from_command_line,
-    one_line,
-    preset,
-    problems,
-)
+from config import TrainConfig, as_listed, fit_warmup, from_command_line, problems
+from runtime.command_line import UserError, one_line, run_script, say
 
-if (
-    __name__ == "__main__"
-):  # before torch is imported (2 s): --help and mistyped options are answered at once
-    command_line(lambda: from_command_line(sys.argv[1:]))
+if __name__ == "__main__":  # before torch is imported (2 s): --help and typos are answered at once
+    run_script(lambda: from_command_line(sys.argv[1:]))
 
 import dataclasses
 import json
-import math
 import os
+import signal
 import time
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-import checkpoint
-import generate
-import hellaswag
+import hf
 import optim
-import runlog
+import records
 import shards
-from distributed import (
-    INTERRUPTED,
-    Stop,
-    Stopped,
-    World,
-    all_sum,
-    autocast_dtype,
-    compile_error,
-    free_memory,
-    from_first,
-    out_of_memory,
-    same_bits,
-    setup,
-)
-from kernels import speed_up
+from evaluate import Evaluator
+from kernels.attention import install_cpu_attention
 from model import GPT, GPTConfig
-from tokenizer import N_VOCAB, token_bytes
+from runtime import checkpoint
+from runtime.checkpoint import Checkpoint
+from runtime.device import (
+    Compute,
+    autocast_dtype,
+    choose_compute,
+    torch_settings_restored,
+    use_deterministic_kernels,
+)
+from runtime.memory import fit_batch, out_of_memory
+from runtime.runlog import read_metrics
+from runtime.stop import INTERRUPTED, Stop, Stopped
+from runtime.world import World, join_world, on_rank0, sum_over_ranks
+from shard_files import fingerprints, open_shards
 
-# --------------------------------------------------------------------------------------------------------------------
-# data
+
+class Data(NamedTuple):
+    train: shards.Windows
+    val: shards.Windows
 
 
-def open_data(cfg, world: World, say):
-    """Windows of the training and validation split, and cfg with max_steps set from epochs. Raises UserError."""
-    if cfg.preset == "shakespeare" and cfg.data_root == preset("shakespeare").data_root:
+class Run(NamedTuple):
+    """What the loop works with: set_up() builds it, train_loop() uses it, finish() closes it."""
 
-        def prepare_once():
-            if not os.path.exists(os.path.join(cfg.data_root, "manifest.json")):
-                import prepare
+    cfg: TrainConfig  # complete: B and max_steps are numbers by now
+    world: World
+    stop: Stop
+    compute: Compute
+    model: GPT  # raw: what is saved and sampled
+    train_model: torch.nn.Module  # compiled, and in DDP when there are several processes
+    optimizer: torch.optim.Optimizer
+    loader: shards.Loader
+    gradients: optim.Gradients
+    evaluate: Evaluator
+    records: records.Records
+    start_step: int
+    micro_steps: int
 
-                prepare.shakespeare(cfg.data_root)
 
-        from_first(prepare_once)
-    files = {split: shards.open_shards(cfg.data_root, split, cfg.T) for split in ("train", "val")}
-    train = shards.Windows(files["train"], cfg.T, cfg.data_order, cfg.data_seed, cfg.vocab_size)
-    val = shards.Windows(files["val"], cfg.T, vocab_size=cfg.vocab_size)
-    if cfg.epochs is not None:
-        whole, part = int(cfg.epochs), cfg.epochs % 1
-        windows = sum(train.per_epoch(e) for e in range(whole)) + part * train.per_epoch(whole)
-        notes = []
-        steps = max(1, int(windows) * cfg.T // cfg.total_batch)
-        cfg = fit_warmup(dataclasses.replace(cfg, max_steps=steps), preset(cfg.preset), notes)
-        for note in [f"{cfg.epochs:g} epochs are {steps} steps"] + notes:
-            say(f"config | {note}")
-    step_windows, per_epoch = cfg.total_batch // cfg.T, train.per_epoch()
-    say(
-        f"data | {cfg.data_root} | train {train.sizes.sum():,} tokens, shards: {len(train.shards)}, {per_epoch:,} windows"
-        f" | {cfg.max_steps * step_windows / per_epoch:.2f} epochs, {cfg.data_order} order, "
-        f"{train.left_out(0).sum():,} tokens left out of the first | "
-        f"val {min(cfg.val_tokens, val.per_epoch() * cfg.T):,} of {val.sizes.sum():,} tokens"
-    )
-    mine = int(shards.fingerprints(train.shards)[-1], 16) % 2**32
-    if all_sum(torch.tensor(mine)).item() != mine * world.world_size:
+class Result(NamedTuple):
+    """What train() returns."""
+
+    model: GPT  # raw, on the device
+    val_loss: float | None  # of the last evaluation, nats per token
+    records: list[dict]  # of metrics.jsonl; [] on ranks above 0
+    step: int  # updates done
+    finished: bool  # False: stopped by a signal, with a checkpoint
+
+
+# --------------------------------------------------------------------------------------------------
+# the loop
+
+
+def train_loop(run: Run) -> tuple[int, bool]:
+    """Train from start_step to max_steps.
+
+    Returns the number of updates done, and False if asked to stop before the end.
+    """
+    cfg, optimizer = run.cfg, run.optimizer
+    save_due = False  # --save_minutes have passed
+    run.stop.armed = True  # from here on a signal is answered with a checkpoint
+    try:
+        for step in range(run.start_step, cfg.max_steps + 1):
+            last_step = step == cfg.max_steps
+            saves = last_step or save_due or step % cfg.save_interval == 0
+            saves = saves and step > run.start_step
+
+            # once in a while: save before evaluating, so that a crash there costs nothing
+            if saves:
+                run.records.save(step)
+            if last_step or step % cfg.eval_interval == 0:
+                has_checkpoint = saves or step == run.start_step > 0
+                run.records.evaluation(run.evaluate(step), has_checkpoint)
+            if last_step or (step > 0 and step % cfg.sample_interval == 0):
+                run.evaluate.samples(step)
+                run.stop.poll()
+                run.records.restart_clock()
+            if last_step:
+                return step, True
+
+            # one optimizer step: the only part on the clock
+            lr = optim.learning_rate(cfg, step)
+            optim.set_rates(optimizer, lr, step, cfg.max_steps)
+            save_due = False
+            for micro_step in range(run.micro_steps):
+                batch = run.loader.take()  # None after a read error, which poll() then raises
+                save_due |= run.stop.poll(run.records.save_due())
+                run.gradients.sync(last=micro_step == run.micro_steps - 1)
+                with run.compute.autocast():
+                    loss = run.train_model(batch.x, batch.y)
+                run.gradients.add(loss)
+            loss, norm = run.gradients.finish(cfg.grad_norm_clip)
+            healthy = torch.isfinite(loss) & torch.isfinite(norm)  # the same in all processes
+            optim.step_if(healthy, optimizer)
+            optimizer.zero_grad(set_to_none=True)
+
+            # diagnostics only from here on
+            run.records.step(step + 1, lr, loss, norm, healthy, save_due)
+    except Stopped:
+        run.records.flush()
+        if step > run.start_step:
+            run.records.save(step)
+        return step, False
+
+
+# --------------------------------------------------------------------------------------------------
+# a run: the stages, in the order in which they happen
+
+
+def train(cfg: TrainConfig) -> Result:
+    """Train as the command does, from Python; also in a notebook or a thread.
+
+    An interrupt (in the main thread) saves a checkpoint and returns; the same call resumes. torch's
+    global settings and the signal handlers are given back. Raises UserError for what the command
+    would report.
+    """
+    with torch_settings_restored():
+        world = join_world(cfg.device, cfg.group_timeout, cfg.deterministic)
+        stop = Stop(world, cfg.group_timeout, second_interrupt=signal.default_int_handler)
+        return launch(cfg, world, stop)
+
+
+def launch(cfg: TrainConfig, world: World, stop: Stop) -> Result:
+    """Run all stages. Raises UserError, and Stopped when interrupted before the first step."""
+    try:
+        return run_stages(cfg, world, stop)
+    except Stopped:
+        if stop.error:
+            raise stop.error from None
+        say(f"interrupted by {stop.reason} before the first step, nothing was lost; {TO_RESUME}")
+        raise
+    except (RuntimeError, MemoryError) as e:
+        if not out_of_memory(e):
+            raise
         raise UserError(
-            f"the processes see different shards in {cfg.data_root}; hint: the same files on all machines, "
-            "and no download going on while a run starts"
+            f"out of memory with --B {cfg.B} --T {cfg.T} ({one_line(e)}); "
+            "hint: a smaller --B or --B auto, then --recompute True"
+        ) from None
+    finally:
+        stop.close()
+
+
+TO_RESUME = "to resume: the same command again"
+
+
+def run_stages(cfg: TrainConfig, world: World, stop: Stop) -> Result:
+    given, data = check(cfg, world)
+    cfg, resume_from = records.resume_point(given)
+    trains = not (cfg.eval_only or cfg.dry_run)
+    val_loss = records.finished_loss(cfg)
+    if trains and resume_from and resume_from.step == cfg.max_steps and val_loss is not None:
+        say(
+            f"already finished: {cfg.run_dir} has {cfg.max_steps} of {cfg.max_steps} steps; "
+            f"hint: --run_name {cfg.run_name}-2 starts anew, "
+            f"python generate.py --model {cfg.run_dir} samples from it"
         )
-    return train, val, cfg
+        model = hf.load_checkpoint(resume_from).to(world.device)
+        return Result(model, val_loss, read_metrics(cfg.run_dir), cfg.max_steps, True)
+    model = build_model(cfg, resume_from, world)
+    if cfg.dry_run:
+        say(json.dumps(dataclasses.asdict(cfg), indent=1))
+        return Result(model, None, [], 0, True)
+    if cfg.eval_only:
+        return evaluate_only(cfg, model, resume_from, data.val, world, stop)
+    run = set_up(cfg, model, resume_from, data, world, stop)
+    warm_up(run)
+    step, finished = train_loop(run)
+    return finish(run, step, finished)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# model
+def check(cfg: TrainConfig, world: World) -> tuple[TrainConfig, Data]:
+    """Find everything that can be wrong with settings and data before anything slow starts.
+
+    Returns cfg with max_steps set from epochs, and the data.
+    """
+    if "RANK" in os.environ and world.device.type == "cuda" and cfg.preset == "shakespeare":
+        raise UserError(
+            "torchrun on GPUs needs a preset, the default is a toy; "
+            "hint: torchrun ... train_gpt2.py gpt2-rope"
+        )
+    wrong, data = problems(cfg, world.world_size), None
+    if cfg.T > 0 and cfg.total_batch > 0:
+        try:
+            data = open_data(cfg)
+        except UserError as e:
+            wrong.append(str(e))
+    if data and cfg.epochs is not None:
+        cfg = set_length(cfg, data.train)
+        wrong = wrong or problems(cfg, world.world_size)
+    if wrong:
+        raise UserError("\n       ".join(wrong))
+    describe(cfg, data, world)
+    return cfg, data
 
 
-def build_model(cfg, say) -> GPT:
-    """The raw model on the CPU: from --init_from, or fresh from --seed. Every process builds the same one."""
-    if cfg.init_from:
-        if (
-            (Path(cfg.init_from) / "config.json").exists()
-            and not (Path(cfg.init_from) / "metrics.jsonl").exists()
-            or not Path(cfg.init_from).exists()
-        ):
-            import hf
+def open_data(cfg: TrainConfig) -> Data:
+    """Open the shards of both splits; the default run's are made if need be. Raises UserError."""
+    if cfg.preset == "shakespeare" and cfg.data_root == as_listed("shakespeare").data_root:
+        on_rank0(lambda: prepare_shakespeare(cfg.data_root))
+    train, val = (open_shards(cfg.data_root, split, cfg.T) for split in ("train", "val"))
+    return Data(
+        shards.Windows(train, cfg.T, cfg.data_order, cfg.data_seed, cfg.vocab_size),
+        shards.Windows(val, cfg.T, vocab_size=cfg.vocab_size),
+    )
 
-            model = hf.from_pretrained(cfg.init_from)
-        else:
-            model = checkpoint.load_model(checkpoint.find(cfg.init_from))
+
+def prepare_shakespeare(data_root: str):
+    import prepare
+
+    prepare.shakespeare(data_root)
+
+
+def set_length(cfg: TrainConfig, train_data: shards.Windows) -> TrainConfig:
+    """Return cfg with max_steps set from epochs, and a warm-up that fits."""
+    tokens = train_data.in_epochs(cfg.epochs) * cfg.T
+    notes = [f"{cfg.epochs:g} epochs are {max(1, tokens // cfg.total_batch)} steps"]
+    cfg = dataclasses.replace(cfg, max_steps=max(1, tokens // cfg.total_batch))
+    cfg = fit_warmup(cfg, notes)
+    for note in notes:
+        say(f"config | {note}")
+    return cfg
+
+
+def describe(cfg: TrainConfig, data: Data, world: World):
+    """Print what the data hold. Raises UserError when the processes see different shards."""
+    train, val = data
+    windows = train.per_epoch()
+    epochs = cfg.max_steps * (cfg.total_batch // cfg.T) / windows
+    val_tokens = min(cfg.val_tokens, val.per_epoch() * cfg.T)
+    say(
+        f"data | {cfg.data_root} | train {train.sizes.sum():,} tokens, shards: "
+        f"{len(train.shards)}, {windows:,} windows | {epochs:.2f} epochs, {cfg.data_order} order, "
+        f"{train.left_out(0).sum():,} tokens left out of the first | "
+        f"val {val_tokens:,} of {val.sizes.sum():,} tokens"
+    )
+    fingerprint = int(fingerprints(train.shards)[-1], 16) % 2**32
+    if sum_over_ranks(torch.tensor(fingerprint)).item() != fingerprint * world.world_size:
+        raise UserError(
+            f"the processes see different shards in {cfg.data_root}; hint: the same files on all "
+            "machines, and no download going on while a run starts"
+        )
+
+
+def build_model(cfg: TrainConfig, resume_from: Checkpoint | None, world: World) -> GPT:
+    """Build the raw model on its device: of a checkpoint's shape, from --init_from or --seed."""
+    if resume_from:
+        model = hf.empty_model(resume_from)
+    elif cfg.init_from:
+        model = hf.load(cfg.init_from)
         say(f"model | weights and shape from {cfg.init_from}")
     else:
-        torch.manual_seed(cfg.seed)
-        model = GPT(
-            GPTConfig(
-                cfg.block_size,
-                cfg.vocab_size,
-                cfg.n_layer,
-                cfg.n_head,
-                cfg.n_embd,
-                cfg.use_rope,
-                cfg.use_swiglu,
-                cfg.arch,
-            )
-        )
+        shape = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(GPTConfig)}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(cfg.seed)
+            model = GPT(GPTConfig(**shape))
     if cfg.optimizer == "muon" and not model.config.modern:
         raise UserError(
             f"optimizer muon needs arch modern, {cfg.init_from} has arch {model.config.arch}; "
@@ -161,500 +312,159 @@ def build_model(cfg, say) -> GPT:
             f"T {cfg.T} exceeds the model's block_size {model.config.block_size}; "
             f"hint: --T {model.config.block_size}"
         )
-    return model
-
-
-def fit_batch(cfg, model: GPT, train_model, world: World, autocast, held: int, say) -> int:
-    """The largest micro-batch that divides the batch and whose passes fit beside `held` more bytes; found by trying.
-
-    All processes try together, from an estimate downwards. Raises UserError when one sequence does not fit.
-    """
-    c, sequences, free = (
-        model.config,
-        cfg.total_batch // (cfg.T * world.world_size),
-        free_memory(world.device),
+    model.recompute = cfg.recompute
+    dtype = str(autocast_dtype(world.device, cfg.dtype)).removeprefix("torch.")
+    say(
+        f"model | {model.num_params():,} parameters | {model.flops_per_token(cfg.T) / 1e6:.1f} "
+        f"MFLOP per token | {world.world_size} x {world.device.type}, {dtype}"
     )
-    on_gpu = world.device.type == "cuda"
-    most = min(
-        sequences, max(1, (131072 if on_gpu else 8192) // cfg.T)
-    )  # tokens beyond which speed gains nothing
-    # bytes of a token in bf16: 34 C a layer (Korthikanti et al. 2022, without T x T attention), logits and gradients 8 V
-    # or, where they are recomputed, 2 C a layer and one layer's 34 C
-    layers = 2 * c.n_layer + 34 if cfg.recompute else 34 * c.n_layer
-    token = (layers * c.n_embd + 8 * c.vocab_size) * (
-        1 if autocast_dtype(world.device, cfg.dtype) == torch.bfloat16 else 2
+    return model.to(world.device)
+
+
+def evaluate_only(cfg, model: GPT, resume_from, val_data, world: World, stop: Stop) -> Result:
+    """Evaluate a model once (--eval_only)."""
+    if resume_from:
+        checkpoint.restore(resume_from, model)
+    compute = start_computing(cfg, model, world)
+    if cfg.B == "auto":
+        cfg = dataclasses.replace(cfg, B=fit_batch(cfg, model, model, compute, 0, world))
+    step = resume_from.step if resume_from else 0
+    record = Evaluator(cfg, model, val_data, compute, world, stop)(step)
+    return Result(model, record["val/loss"], [record], step, True)
+
+
+def start_computing(cfg: TrainConfig, model: GPT, world: World) -> Compute:
+    """Choose number type and compiler for a model, before it is compiled."""
+    torch.set_float32_matmul_precision("high")  # TF32 for the few float32 matmuls on a GPU
+    if cfg.use_compile:
+        torch.compiler.reset()  # forget models of earlier runs in this process: there is a limit
+    compute = choose_compute(world.device, cfg.dtype, cfg.use_compile)
+    if compute.compiled and world.device.type == "cpu":
+        # costs no time on a CPU; without it two threads sum the embedding's gradient in any order
+        use_deterministic_kernels()
+        install_cpu_attention(model, compute.dtype)
+    return compute
+
+
+def set_up(
+    cfg: TrainConfig,
+    model: GPT,
+    resume_from: Checkpoint | None,
+    data: Data,
+    world: World,
+    stop: Stop,
+) -> Run:
+    """Build everything between a model and the first step."""
+    optimizer = optim.build(cfg, model, autocast_dtype(world.device, cfg.dtype))
+    if resume_from:
+        checkpoint.restore(resume_from, model, optimizer)
+    stop.poll()
+    compute = start_computing(cfg, model, world)
+    compiled_model = compute.compile(model)
+    if cfg.B == "auto":
+        # bytes still to be allocated: AdamW's two moments, unless restored, and DDP's gradient
+        # buckets
+        copies = (0 if resume_from else 2) + dist.is_initialized()
+        reserved = copies * sum(4 * p.numel() for p in model.parameters())
+        B = fit_batch(cfg, model, compiled_model, compute, reserved, world)
+        cfg = dataclasses.replace(cfg, B=B)
+    micro_steps = cfg.total_batch // (cfg.B * cfg.T * world.world_size)
+    say(
+        f"batch | {cfg.total_batch:,} tokens per step = micro-steps: {micro_steps} x rows: {cfg.B} "
+        f"x tokens: {cfg.T} x processes: {world.world_size}"
     )
-    # a GPU that is asked for too much says so; on a CPU the kernel kills, and a heap that keeps what is freed grows: by
-    # 0.85 GB in three steps that have 0.41 GB in use at a time
-    room = (1.5 if on_gpu else 0.4) * free - held
-
-    def fits(B: int) -> bool:
-        if B > 1 and B * cfg.T * token > room:
-            return False
-        try:
-            reserve, tokens = (
-                torch.empty(held, dtype=torch.uint8, device=world.device),
-                torch.zeros(B, cfg.T, dtype=torch.int64, device=world.device),
-            )
-            with autocast():
-                train_model(tokens, tokens.clone()).backward()
-            del reserve
-        except (RuntimeError, MemoryError) as e:
-            if not out_of_memory(e):
-                raise
-            return False
-        finally:
-            model.zero_grad(set_to_none=True)
-        return True
-
-    for B in (b for b in range(most, 0, -1) if sequences % b == 0):
-        if all_sum(torch.tensor(float(fits(B)))).item() == world.world_size:
-            say(
-                f"batch | B = {B} is the largest that divides the batch and fits into {free / 1e9:.1f} GB"
-            )
-            return B
-        torch._dynamo.reset()
-        if on_gpu:
-            torch.cuda.empty_cache()
-    raise UserError(
-        f"not even one sequence of T = {cfg.T} fits into {free / 1e9:.1f} GB; hint: --recompute True, or --T "
-        f"{cfg.T // 2}"
+    evaluate = Evaluator(cfg, model, data.val, compute, world, stop)
+    ddp = None
+    if dist.is_initialized() and not cfg.deterministic:  # which sums gradients itself, in order
+        ddp = DDP(compiled_model, [world.device] if world.device.type == "cuda" else None)
+    start_step = resume_from.step if resume_from else 0
+    train_data = records.data_to_resume(cfg, data.train, resume_from) if resume_from else data.train
+    loader = shards.Loader(
+        train_data, cfg.total_batch, cfg.B, world, start_step, cfg.batch_hashes, stop.ask
+    )
+    run_records = records.Records(cfg, model, optimizer, loader, resume_from, world, stop)
+    run_records.measure_bigram(data.val)
+    return Run(
+        cfg=cfg,
+        world=world,
+        stop=stop,
+        compute=compute,
+        model=model,
+        train_model=ddp or compiled_model,
+        optimizer=optimizer,
+        loader=loader,
+        gradients=optim.Gradients(model, ddp, micro_steps, cfg.deterministic),
+        evaluate=evaluate,
+        records=run_records,
+        start_step=start_step,
+        micro_steps=micro_steps,
     )
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# evaluation
+def warm_up(run: Run):
+    """Compile the kernels in a pass on made-up tokens: the first step is then timed like others."""
+    started = time.perf_counter()
+    run.compute.try_pass(run.train_model, run.cfg.B, run.cfg.T)
+    run.optimizer.zero_grad(set_to_none=True)
+    compiled = ", compiled" if run.compute.compiled else ""
+    say(f"warm-up | {time.perf_counter() - started:.1f} s{compiled}")
+    run.stop.poll()
+    run.records.restart_clock()
 
 
-class Evaluator:
-    """All that is measured between steps: validation loss, HellaSwag, samples. Identical on any number of processes."""
-
-    def __init__(
-        self,
-        cfg,
-        model,
-        eval_model,
-        val: shards.Windows,
-        world: World,
-        autocast,
-        compiled,
-        stop: Stop,
-        say,
-    ):
-        self.cfg, self.model, self.eval_model, self.val = cfg, model, eval_model, val
-        self.world, self.autocast, self.stop, self.say = world, autocast, stop, say
-        self.hella = hellaswag.for_training(
-            cfg.hellaswag_limit, model, world, autocast, compiled, say
+def finish(run: Run, step: int, finished: bool) -> Result:
+    """Wait for the last checkpoint, close everything. Raises UserError when it was not written."""
+    run.stop.stop_watching()  # nothing below calls poll()
+    run.loader.close()
+    saved = run.records.close_checkpoints()
+    # wait until rank 0 has written the checkpoint: when one process exits, torchrun kills the
+    # others after 30 s
+    sum_over_ranks(torch.zeros(1))
+    run.records.close(finished and saved)
+    cfg, bigram = run.cfg, run.records.bigram
+    if not finished and run.stop.error:
+        raise run.stop.error
+    if finished and not saved:
+        raise UserError(
+            f"the last checkpoint could not be written to {cfg.checkpoint_dir}; "
+            "hint: make room, then the same command again"
         )
-        self.token_bytes = token_bytes()
-
-    @torch.no_grad()
-    def __call__(self, step: int) -> dict:
-        """One record: val/loss (nats per token), val/bpb (bits per byte), val/hella_norm and its standard error."""
-        t0, cfg = time.perf_counter(), self.cfg
-        total = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
-        try:
-            for x, y in shards.val_batches(self.val, cfg.val_tokens, cfg.B, *self.world):
-                self.stop.poll()
-                with self.autocast():
-                    nats = self.eval_model(x, y, "sum")
-                y = y[y >= 0].cpu().numpy()
-                total += torch.tensor([nats.item(), len(y), self.token_bytes[y[y < N_VOCAB]].sum()])
-        except UserError as e:  # a shard that went bad
-            self.stop.ask(e)
-            self.stop.poll()
-        nats, tokens, n_bytes = all_sum(total).tolist()
-        record = {
-            "step": step,
-            "val/loss": nats / tokens,
-            "val/bpb": nats / math.log(2) / n_bytes if n_bytes else None,
-        }
-        line = f"step {step} | val loss {nats / tokens:.4f} | bits per byte {record['val/bpb'] or float('nan'):.4f}"
-        if self.hella:
-            result = self.hella(self.stop.poll)
-            record |= {"val/hella_norm": result["acc_norm"], "val/hella_se": result["se"]}
-            line += (
-                f" | HellaSwag acc_norm {result['acc_norm']:.4f} +- {result['se']:.4f} "
-                f"({result['items']} items, {result['protocol']} protocol)"
-            )
-        record["eval_ms"] = (time.perf_counter() - t0) * 1e3
-        self.say(f"{line} | {record['eval_ms'] / 1e3:.1f} s")
-        return record
-
-    def samples(self, step: int, path: Path):
-        """Texts of the first process, a function of (seed, step); appended to samples.txt."""
-        cfg = self.cfg
-        if (
-            not cfg.n_samples
-            or not cfg.sample_tokens
-            or self.model.config.vocab_size < N_VOCAB
-            or self.world.rank != 0
-        ):
-            return
-        with self.autocast():
-            texts = generate.sample_texts(
-                self.model,
-                cfg.sample_prompt,
-                cfg.n_samples,
-                cfg.sample_tokens,
-                seed=cfg.seed * 1_000_003 + step,
-                stopped=lambda: bool(self.stop.reason),
-            )
-        if self.stop.reason:  # cut short: drawn again when the run goes on
-            return
-        for i, text in enumerate(texts):
-            self.say(
-                f"step {step} | sample {i} | "
-                + (text if "\n" not in text else f"\n{text.strip()}\n")
-            )
-        try:
-            with open(path, "a", encoding="utf-8") as f:
-                f.write(
-                    "".join(
-                        f"=== step {step}, sample {i}\n{text}\n" for i, text in enumerate(texts)
-                    )
-                )
-        except OSError as e:
-            self.say(f"step {step} | samples.txt not written: {one_line(e)}")
+    if finished:
+        beside = f", bigram model {bigram:.4f}" if bigram else ""
+        say(
+            f"finished | val loss {run.records.val_loss:.4f}{beside} | "
+            f"curves and checkpoint in {cfg.run_dir}"
+        )
+    else:
+        reason = run.stop.reason or "another process"
+        say(f"interrupted by {reason} at step {step}{'' if saved else ' (NOT saved)'}; {TO_RESUME}")
+    log = read_metrics(cfg.run_dir) if run.world.rank == 0 else []
+    return Result(run.model, run.records.val_loss, log, step, finished)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# the run
+# --------------------------------------------------------------------------------------------------
+# the command
 
 
 def main():
     cfg, notes = from_command_line(sys.argv[1:])
-    world = setup(cfg.device, cfg.group_timeout, cfg.deterministic)
-    stop = Stop(world, cfg.group_timeout)
-    say = runlog.say if world.rank == 0 else (lambda message: None)
+    for note in notes:
+        say(f"config | {note}")
+    world = join_world(cfg.device, cfg.group_timeout, cfg.deterministic)
     try:
-        status = run(cfg, notes, world, stop, say)
+        result = launch(cfg, world, Stop(world, cfg.group_timeout))
+        status = 0 if result.finished else INTERRUPTED
     except Stopped:
-        if stop.error:
-            raise stop.error
-        say(
-            f"interrupted by {stop.reason} before the first step, nothing was lost; to go on: the same command again"
-        )
         status = INTERRUPTED
-    except (RuntimeError, MemoryError) as e:
-        if not out_of_memory(e):
-            raise
-        raise UserError(
-            f"out of memory with --B {cfg.B} --T {cfg.T} ({one_line(e)}); hint: a smaller --B or --B auto, then "
-            "--recompute True"
-        ) from None
-    finally:
-        stop.close()
     if dist.is_initialized():
         dist.destroy_process_group()
         sys.stdout.flush()
-        # not by way of the interpreter's end: there a thread of gloo's that still lets go of a tensor aborts the process
-        # ("terminate called without an active exception", SIGABRT: 2 of 84 processes of DDP and all_reduce alone)
+        # skip Python's shutdown: a gloo thread that still frees a tensor aborts the process there
+        # (SIGABRT in 2 of 84 processes of DDP and all_reduce alone)
         os._exit(status)
     if status:
         sys.exit(status)
 
 
-def run(cfg, notes: list[str], world: World, stop: Stop, say) -> int:
-    """The whole run, from settings to the last checkpoint; its exit status. Raises UserError, and Stopped early on."""
-    # config: everything that can be wrong is found here, before anything slow starts
-    for note in notes:
-        say(f"config | {note}")
-    if "RANK" in os.environ and world.device.type == "cuda" and cfg.preset == "shakespeare":
-        raise UserError(
-            "torchrun on GPUs needs a preset, the default is a toy; hint: torchrun ... train_gpt2.py gpt2-rope"
-        )
-    own_store = os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1"
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not own_store:
-        say(
-            "torchrun | a restart may fail without TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in front (pytorch#135712)"
-        )
-    wrong = problems(cfg, world.world_size)
-    try:
-        if cfg.T > 0 and cfg.total_batch > 0:
-            train, val, cfg = open_data(cfg, world, say)
-    except UserError as e:
-        wrong.append(str(e))
-    if wrong := wrong or problems(
-        cfg, world.world_size
-    ):  # again: epochs may have changed max_steps
-        raise UserError("\n       ".join(wrong))
-    run_dir = Path(cfg.log_dir) / cfg.run_name
-    ckpt_dir = Path(cfg.ckpt_dir) if cfg.ckpt_dir else run_dir / "ckpt"
-    found = None  # the checkpoint to go on from and its state, the same for all processes
-    if not (cfg.eval_only and cfg.init_from):
-        found = from_first(lambda: checkpoint.open_run(cfg, run_dir, ckpt_dir, say))
-    if (
-        found and cfg.epochs is not None
-    ):  # its length is that of the data it began with, whatever was downloaded since
-        begun = found[1]["config"]
-        cfg = dataclasses.replace(
-            cfg, max_steps=begun["max_steps"], warmup_steps=begun["warmup_steps"]
-        )
-    trains = not (cfg.eval_only or cfg.dry_run)
-    if (
-        trains
-        and found
-        and found[1]["step"] == cfg.max_steps
-        and checkpoint.finished(run_dir, cfg.max_steps)
-    ):
-        say(
-            f"already finished: {run_dir} has {cfg.max_steps} of {cfg.max_steps} steps; hint: --run_name "
-            f"{cfg.run_name}-2 starts anew, python generate.py --model {run_dir} samples from it"
-        )
-        return 0
-
-    # model
-    model = checkpoint.empty_model(*found) if found else build_model(cfg, say)
-    model.to(world.device)
-    dtype = autocast_dtype(world.device, cfg.dtype)
-    autocast = lambda: torch.autocast(
-        world.device.type, dtype=dtype, enabled=dtype != torch.float32
-    )
-    torch.set_float32_matmul_precision(
-        "high"
-    )  # TF32 for the few float32 matmuls on a GPU; no effect on the CPU
-    say(
-        f"model | {model.num_params():,} parameters | {model.flops_per_token(cfg.T) / 1e6:.1f} MFLOP a token | "
-        f"{world.world_size} x {world.device.type}, {str(dtype).removeprefix('torch.')}"
-    )
-    if cfg.dry_run:
-        say(json.dumps(dataclasses.asdict(cfg), indent=1))
-        return 0
-    model.recompute = cfg.recompute
-    params, optimizer = list(model.parameters()), optim.build(cfg, model, dtype)
-    if found:
-        checkpoint.restore(found[0], model, None if cfg.eval_only else optimizer)
-    stop.poll()
-    if compiled := cfg.use_compile:
-        if why := compile_error(world.device):
-            say(
-                f"compile | off, it does not work here ({why}); hint: install g++ and the Python headers"
-            )
-        compiled = not why
-    if (
-        compiled and world.device.type == "cpu"
-    ):  # costs no time there, and without it two threads add up the embedding's
-        same_bits()  # gradient in the order in which they come by
-        speed_up(model, dtype)
-    train_model = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
-    eval_model = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
-    if cfg.B == "auto":
-        held = sum(4 * p.numel() for p in params) * (
-            2 * (not found) + dist.is_initialized()
-        )  # AdamW's averages, DDP's sums
-        cfg = dataclasses.replace(
-            cfg, B=fit_batch(cfg, model, train_model, world, autocast, held, say)
-        )
-    micro_steps = cfg.total_batch // (cfg.B * cfg.T * world.world_size)
-    say(
-        f"batch | {cfg.total_batch:,} tokens a step = micro-steps: {micro_steps} x rows: {cfg.B} x tokens: {cfg.T} x "
-        f"processes: {world.world_size}"
-    )
-    evaluate = Evaluator(cfg, model, eval_model, val, world, autocast, compiled, stop, say)
-    if cfg.eval_only:
-        evaluate(found[1]["step"] if found else 0)
-        return 0
-    if (
-        averages := dist.is_initialized() and not cfg.deterministic
-    ):  # --deterministic adds gradients up by itself
-        train_model = DDP(
-            train_model, device_ids=[world.device.index] if world.device.type == "cuda" else None
-        )
-
-    # resume, records
-    start_step, wandb_id, wandb, saver = 0, None, None, None
-    if found:
-        start_step, wandb_id = found[1]["step"], found[1]["wandb_id"]
-        if (begun := shards.as_begun(train, found[1]["data"])) is None and not cfg.accept_new_data:
-            raise UserError(
-                f"{cfg.data_root} is not the data this run began with (fingerprint "
-                f"{shards.fingerprints(train.shards)[-1]}, was {found[1]['data']}); hint: restore it, or "
-                "--accept_new_data True goes on with it"
-            )
-        say(
-            f"resume | step {start_step} from {found[0]}"
-            + ("" if begun else ", with other data than it began with")
-        )
-        train = begun or train
-
-    log = runlog.RunLog()
-
-    def make_room():
-        try:
-            for directory in (ckpt_dir, run_dir):
-                directory.mkdir(parents=True, exist_ok=True)
-            checkpoint.need_space(ckpt_dir, model, cfg.keep_last)
-            log.open(run_dir, start_step)
-            (run_dir / "finished.json").unlink(missing_ok=True)
-            checkpoint.write_json(run_dir / "config.json", dataclasses.asdict(cfg))
-            checkpoint.write_json(
-                run_dir / "env.json", runlog.environment(world.device, world.world_size)
-            )
-        except OSError as e:
-            raise UserError(
-                f"cannot write to {run_dir}: {e.strerror}; hint: --log_dir and --ckpt_dir choose another place"
-            )
-
-    from_first(make_room)
-    if world.rank == 0:
-        log.wandb = wandb = runlog.Wandb(cfg, wandb_id, run_dir)
-        saver = checkpoint.Saver(
-            ckpt_dir, cfg.keep_last, cfg.save_minutes, model, optimizer, log, say
-        )
-        saver.losses = {int(k): v for k, v in found[1]["val_losses"].items()} if found else {}
-    data = shards.fingerprints(train.shards)[-1]
-    state = lambda: dict(config=dataclasses.asdict(cfg), data=data, wandb_id=wandb.id)
-    bigram = runlog.bigram_loss(train, val, cfg.val_tokens) if world.rank == 0 else None
-    if bigram is not None:
-        say(f"bigram | val loss {bigram:.4f} is what counting pairs of tokens gets on this split")
-        log.write({"step": start_step, "val/bigram": bigram}) if start_step == 0 else None
-
-    # warm-up: one pass on made-up tokens compiles the kernels, so that the first step's time is a step's time
-    t0 = time.perf_counter()
-    tokens = torch.zeros(cfg.B, cfg.T, dtype=torch.int64, device=world.device)
-    with autocast():
-        train_model(
-            tokens, tokens.clone()
-        ).backward()  # a clone: "idx is targets" would be compiled for
-    optimizer.zero_grad(set_to_none=True)
-    say(f"warm-up | {time.perf_counter() - t0:.1f} s{', compiled' if compiled else ''}")
-    stop.poll()
-    loader = shards.Loader(
-        train,
-        cfg.total_batch,
-        cfg.B,
-        world.rank,
-        world.world_size,
-        world.device,
-        start_step,
-        cfg.batch_hashes,
-    )
-    meter = runlog.Meter(cfg, model.flops_per_token(cfg.T), world, log, say)
-
-    # loop: `step` counts the updates done
-    stop.armed, save_due, interrupted = True, False, False
-    try:
-        for step in range(start_step, cfg.max_steps + 1):
-            last_step = step == cfg.max_steps
-            saves = (last_step or step % cfg.save_interval == 0 or save_due) and step > start_step
-            evaluates = last_step or step % cfg.eval_interval == 0
-            samples = last_step or (step > 0 and step % cfg.sample_interval == 0)
-
-            # everything needed to resume exactly; before evaluating, so that a crash there costs nothing
-            if saves and saver:
-                saver.save(step, state())
-            if evaluates:
-                record = evaluate(step)
-                log.write(record)
-                if saver and (saves or step == start_step > 0):
-                    saver.losses[step] = record["val/loss"]
-            if samples:
-                evaluate.samples(step, run_dir / "samples.txt")
-                stop.poll()
-            if last_step:
-                break
-            if saves or evaluates or samples:
-                meter.restart()
-
-            # one optimiser step: the only part on the clock
-            lr = getattr(optim, cfg.schedule)(
-                step, cfg.max_lr, cfg.min_lr, cfg.warmup_steps, cfg.max_steps
-            )
-            optim.set_rates(optimizer, lr, step, cfg.max_steps)
-            loss_sum, sums, digest, save_due = torch.zeros((), device=world.device), None, 0, False
-            for micro_step in range(micro_steps):
-                try:
-                    batch, seconds = loader.next()
-                    meter.waited, digest = meter.waited + seconds, digest + batch.digest
-                except UserError as e:  # a shard that went bad
-                    stop.ask(e)
-                save_due |= stop.poll(saver is not None and saver.due())
-                if averages:  # set before the forward pass, which is when DDP reads it
-                    train_model.require_backward_grad_sync = micro_step == micro_steps - 1
-                with autocast():
-                    loss = train_model(batch.x, batch.y) / (
-                        micro_steps if averages else micro_steps * world.world_size
-                    )
-                loss.backward()
-                loss_sum += loss.detach()
-                if cfg.deterministic:
-                    sums = optim.add_in_order(params, loss, sums)
-            if cfg.deterministic:
-                *grads, loss_sum = sums
-                for p, grad in zip(params, grads):
-                    p.grad = grad
-            else:
-                loss_sum = all_sum(loss_sum) / world.world_size
-            norm = torch.nn.utils.get_total_norm([p.grad for p in params])
-            if cfg.grad_norm_clip:
-                torch.nn.utils.clip_grads_with_norm_(params, cfg.grad_norm_clip, norm)
-            healthy = torch.isfinite(loss_sum) & torch.isfinite(norm)  # the same in all processes
-            optim.step_if(healthy, optimizer)
-            optimizer.zero_grad(set_to_none=True)
-            meter.add(step + 1, lr, loss_sum, norm, healthy, digest)
-
-            # diagnostics only from here on
-            done = step + 1
-            if done == start_step + 1 and saver:
-                saver.reserve()
-            if (
-                save_due
-                or done == cfg.max_steps
-                or not all(
-                    done % n
-                    for n in (
-                        cfg.log_interval,
-                        cfg.save_interval,
-                        cfg.eval_interval,
-                        cfg.sample_interval,
-                    )
-                )
-            ):
-                meter.flush()
-                if meter.in_a_row >= cfg.max_skipped:
-                    stop.ask(
-                        UserError(
-                            f"{meter.in_a_row} steps in a row skipped up to step {done}, their loss or "
-                            "gradient is no number; hint: a lower --max_lr under a new --run_name, with "
-                            f"--init_from {ckpt_dir}"
-                        )
-                    )
-    except Stopped:
-        interrupted = True
-        meter.flush()
-        if saver and step > start_step:
-            saver.save(step, state())
-
-    # clean-up
-    stop.closed.set()  # the watchdog's: what follows has no polls
-    loader.close()
-    saved = saver.close() if saver else True
-    all_sum(
-        torch.zeros(1)
-    )  # nobody leaves before the checkpoint is written: torchrun gives those that stay 30 s
-    log.close()
-    if saver and saved and not interrupted:
-        checkpoint.mark_finished(run_dir, cfg.max_steps, record["val/loss"], say)
-    if interrupted and stop.error:
-        raise stop.error
-    if interrupted:
-        say(
-            f"interrupted by {stop.reason or 'another process'} at step {step}{'' if saved else ' (NOT saved)'}; to go on: "
-            "the same command again"
-        )
-        return INTERRUPTED
-    if not saved:
-        raise UserError(
-            f"the last checkpoint could not be written to {ckpt_dir}; hint: make room, then the same "
-            "command again"
-        )
-    say(
-        f"finished | val loss {record['val/loss']:.4f}{f', bigram model {bigram:.4f}' if bigram else ''} | "
-        f"curves and checkpoint in {run_dir}"
-    )
-    return 0
-
-
 if __name__ == "__main__":
-    command_line(main)
+    run_script(main)

@@ -1,0 +1,163 @@
+"""Report what is in a directory of shards, and count what a run would read of it.
+
+python audit.py data/my --T 1024 --world_size 4 --B 64 --total_batch 524288 --max_steps 19073
+"""
+
+import sys
+import time
+import tracemalloc
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from runtime.command_line import UserError, parse, run_script
+from shard_files import Shard, open_shards, read_manifest, scan
+from shards import Windows, micro_batch_positions
+from tokenizer import EOT
+
+
+@dataclass
+class Audit:
+    """Report what is in a directory of shards, and what a run would read of it.
+
+    The exit status is 1 when anything is wrong.
+    """
+
+    root: tyro.conf.Positional[str]  # directory of shards
+    T: int = 1024  # tokens in a sequence; this and the rest are the settings of the run
+    world_size: int = 1  # processes
+    B: int = 64
+    total_batch: int = 524288
+    max_steps: int = 19073
+    data_order: Literal["sequential", "documents", "global"] = "global"
+    data_seed: int = 1337
+    # read the files, too: documents, ids, hashes; False: only headers and order
+    contents: bool = True
+
+    def run(self):
+        """Print the report and exit. Raises UserError for impossible settings."""
+        tokens = self.B * self.T * self.world_size
+        smallest = min(self.T, self.B, self.world_size, self.total_batch, self.max_steps)
+        if smallest < 1 or self.total_batch % tokens:
+            raise UserError(
+                f"total_batch {self.total_batch} is no multiple of B x T x world_size, {self.B} x "
+                f"{self.T} x {self.world_size}, or one of these or max_steps is below 1; "
+                "hint: --B, or --total_batch"
+            )
+        wrong = []
+        if not read_manifest(self.root).get("complete", True):
+            wrong.append(
+                f"{self.root} is not complete; the command that began it resumes it "
+                "(sources in manifest.json)"
+            )
+        print(f"{'split':24}{'tokens':>16}{'windows':>14}{'documents':>14}")
+        for split in ("val", "train"):
+            shards = open_shards(self.root, split, self.T, wrong)
+            wrong += self.report_split(split, shards)
+        if shards:
+            wrong += self.report_run(shards)
+        for problem in wrong:
+            print(f"wrong: {problem}")
+        if not wrong:
+            print("nothing wrong")
+        sys.exit(bool(wrong))
+
+    def report_split(self, split: str, shards: list[Shard]) -> list[str]:
+        """Print a line on a split; return what is wrong with the content of its shards."""
+        wrong, documents = [], "-"
+        if self.contents:
+            documents = 0
+            for shard in tqdm(shards, f"reading {split}", delay=2, leave=False):
+                found = scan(shard)
+                documents += found.documents
+                if shard.sha256 not in (None, found.sha256):
+                    wrong.append(
+                        f"{shard.path}: its SHA-256 {found.sha256[:16]}... is not that in "
+                        f"manifest.json, {shard.sha256[:16]}..."
+                    )
+                if found.beyond:
+                    wrong.append(
+                        f"{shard.path}: {found.beyond:,} ids above {EOT}, the last of GPT-2's"
+                    )
+        tokens = sum(shard.tokens for shard in shards)
+        windows = sum((shard.tokens - 1) // self.T for shard in shards)
+        name = f"{split}, shards: {len(shards)}"
+        print(f"{name:24}{tokens:16,}{windows:14,}{documents:>14}")
+        return wrong
+
+    def report_run(self, shards: list[Shard]) -> list[str]:
+        """Print which part of the data a run reads; return what is wrong with it."""
+        tracemalloc.start()
+        started = time.perf_counter()
+        windows = Windows(shards, self.T, self.data_order, self.data_seed)
+        end = self.max_steps * (self.total_batch // self.T)  # windows that the run reads
+        last = int(windows.locate(np.array([end - 1]))[0, 0])  # epoch
+        memory = tracemalloc.get_traced_memory()[0]
+        print(f"index: {time.perf_counter() - started:.3f} s, {memory / 1e6:.3f} MB")
+        tracemalloc.stop()
+        epochs = last + (end - windows.epoch_start(last)) / windows.per_epoch(last)
+        print(
+            f"run: {self.max_steps:,} steps, {end:,} windows, {epochs:.3f} epochs, "
+            f"{self.data_order} order, seed {self.data_seed}\n"
+        )
+        print(
+            f"{'read by':24}{'windows':>16}{'tokens left out':>18}{'never':>12}{'once':>12}"
+            f"{'more often':>12}"
+        )
+        wrong = []
+        for epoch in sorted({*range(min(3, last)), last}):
+            wrong += self.report_epoch(windows, epoch, end)
+        return wrong
+
+    def report_epoch(self, windows: Windows, epoch: int, end: int) -> list[str]:
+        """Print how often the windows of an epoch are read by all processes, and by each."""
+        n = windows.per_epoch(epoch)
+        total, shares = np.zeros(n, np.uint16), []
+        for rank in range(self.world_size):
+            seen = times_seen(windows, epoch, end, self.B, rank, self.world_size)
+            total += seen
+            shares.append(np.bincount(seen.clip(max=2), minlength=3) / n)
+        never, once, more = np.bincount(total.clip(max=2), minlength=3).tolist()
+        rows = {f"all, epoch {epoch}": np.array([never, once, more]) / n}
+        if self.world_size > 1:
+            rows["  a process, least"] = np.min(shares, 0)
+            rows["  a process, most"] = np.max(shares, 0)
+        for name, parts in rows.items():
+            columns = "".join(f"{part:12.4%}" for part in parts)
+            print(f"{name:24}{n:16,}{windows.left_out(epoch).sum():18,}{columns}")
+        if more or once != min(n, end - windows.epoch_start(epoch)):
+            return [
+                f"epoch {epoch}: {once:,} windows are read once, {more:,} more often, "
+                f"{never:,} never"
+            ]
+        return []
+
+
+def times_seen(
+    windows: Windows, epoch: int, end: int, B: int, rank: int, world_size: int
+) -> np.ndarray:
+    """Count how often one process reads each window of an epoch, in a run of `end` windows.
+
+    It walks the process's micro-batches.
+    """
+    first, end = windows.epoch_start(epoch), min(end, windows.epoch_start(epoch + 1))
+    counts = windows.counts(epoch)
+    seen = np.zeros(counts.sum(), np.uint16)
+    windows_before = np.cumsum(counts) - counts  # of each shard
+    per_round = B * world_size  # windows that all processes read in one micro-step
+    rounds = 1 + 65536 // B  # looked at together
+    for k in range(first // per_round, -(-end // per_round), rounds):
+        positions = micro_batch_positions(range(k, k + rounds), B, rank, world_size).ravel()
+        positions = positions[(first <= positions) & (positions < end)]
+        if len(positions):
+            _, shard, token = windows.locate(positions)
+            window = windows_before[shard] + (token - windows.offset(epoch)) // windows.T
+            np.add.at(seen, window, 1)
+    return seen
+
+
+if __name__ == "__main__":
+    run_script(lambda: parse(Audit, description=__doc__).run())

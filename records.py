@@ -1,0 +1,345 @@
+"""The run directory: what a run leaves there, and which checkpoint it resumes from.
+
+Rank 0 writes. The other ranks call the same methods, which then do nothing but join in sums.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+
+import compare
+import evaluate
+import shard_files
+import shards
+from config import FREE_ON_RESUME, TrainConfig, differences
+from model import GPT
+from runtime import checkpoint
+from runtime.checkpoint import Checkpoint
+from runtime.command_line import UserError, one_line, say
+from runtime.files import write_json
+from runtime.meter import Meter
+from runtime.runlog import RunLog, Wandb, environment
+from runtime.stop import Stop
+from runtime.world import World, on_rank0
+
+
+class Records:
+    """Everything that a run writes: console lines, metrics.jsonl, curves, W&B and checkpoints."""
+
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        model: GPT,
+        optimizer: torch.optim.Optimizer,
+        loader: shards.Loader,
+        resume_from: Checkpoint | None,
+        world: World,
+        stop: Stop,
+    ):
+        self.cfg = cfg
+        self.model = model
+        self.loader = loader
+        self.world = world
+        self.stop = stop
+        self.start_step = resume_from.step if resume_from else 0
+        self.fingerprint = shard_files.fingerprints(loader.windows.shards)[-1]
+        self.val_loss: float | None = None  # of the last evaluation
+        self.bigram: float | None = None  # loss of the bigram model
+        self.log = RunLog()
+        on_rank0(self.open)
+        self.saver = None
+        if world.rank == 0:
+            wandb_id = resume_from.state["wandb_id"] if resume_from else None
+            self.log.wandb = Wandb(cfg, wandb_id, cfg.run_dir)
+            self.saver = checkpoint.Saver(cfg, model, optimizer, self.log)
+            if resume_from:
+                losses = resume_from.state["val_losses"]
+                self.saver.losses = {int(step): loss for step, loss in losses.items()}
+        self.meter = Meter(cfg, model.flops_per_token(cfg.T), world, self.log)
+
+    def open(self):
+        """Make the directories, write config.json and env.json, open the log (rank 0).
+
+        Raises UserError for what cannot be written, and when the disk is too small for the
+        checkpoints.
+        """
+        cfg = self.cfg
+        try:
+            for directory in (cfg.checkpoint_dir, cfg.run_dir):
+                directory.mkdir(parents=True, exist_ok=True)
+            checkpoint.need_space(cfg.checkpoint_dir, self.model, cfg.keep_last)
+            self.log.open(cfg.run_dir, self.start_step)
+            (cfg.run_dir / "finished.json").unlink(missing_ok=True)
+            write_json(cfg.run_dir / "config.json", dataclasses.asdict(cfg))
+            machine = environment(self.world.device, self.world.world_size)
+            write_json(cfg.run_dir / "env.json", machine)
+        except OSError as e:
+            raise UserError(
+                f"cannot write to {cfg.run_dir}: {e.strerror}; "
+                "hint: --log_dir and --ckpt_dir choose another place"
+            ) from e
+
+    def state(self) -> dict:
+        """Return what state.json holds beside what the checkpoint itself adds."""
+        return {
+            "config": dataclasses.asdict(self.cfg),
+            "data": self.fingerprint,
+            "wandb_id": self.log.wandb.id,
+        }
+
+    def save_due(self) -> bool:
+        """Tell whether --save_minutes have passed since the last checkpoint."""
+        return self.saver is not None and self.saver.due()
+
+    def save(self, step: int):
+        """Save a checkpoint in the background."""
+        if self.saver:
+            self.saver.save(step, self.state())
+        self.meter.restart()
+
+    def evaluation(self, record: dict, has_checkpoint: bool):
+        """Log an evaluation; with a checkpoint of the same step it may become the best one."""
+        self.log.write(record)
+        self.val_loss = record["val/loss"]
+        if self.saver:
+            if has_checkpoint:
+                self.saver.losses[record["step"]] = self.val_loss
+            self.draw_curves()
+        self.meter.restart()
+
+    def step(
+        self,
+        step: int,
+        lr: float,
+        loss: torch.Tensor,
+        norm: torch.Tensor,
+        healthy: torch.Tensor,
+        save_due: bool,
+    ):
+        """Record an update; the device is read only when a line is due."""
+        cfg = self.cfg
+        waited, digest = self.loader.totals()
+        self.meter.waited += waited
+        self.meter.add(step, lr, loss, norm, healthy, digest)
+        if step == self.start_step + 1 and self.saver:
+            self.saver.reserve()
+        intervals = cfg.log_interval, cfg.save_interval, cfg.eval_interval, cfg.sample_interval
+        if save_due or step == cfg.max_steps or any(step % n == 0 for n in intervals):
+            self.meter.flush()
+            if self.meter.skipped_in_a_row >= cfg.max_skipped:
+                self.stop.ask(
+                    UserError(
+                        f"{self.meter.skipped_in_a_row} steps in a row skipped up to step {step}, "
+                        "their loss or gradient is NaN or infinite; hint: a lower --max_lr under a "
+                        f"new --run_name, with --init_from {cfg.checkpoint_dir}"
+                    )
+                )
+
+    def measure_bigram(self, val_data: shards.Windows):
+        """Log the loss of counting pairs of tokens, a loss to beat; small data only."""
+        if self.world.rank != 0:
+            return
+        self.bigram = evaluate.bigram_loss(self.loader.windows, val_data, self.cfg.val_tokens)
+        if self.bigram is None:
+            return
+        say(
+            f"bigram | val loss {self.bigram:.4f} is what counting pairs of tokens gets on this "
+            "split"
+        )
+        if self.start_step == 0:
+            self.log.write({"step": 0, "val/bigram": self.bigram})
+
+    def restart_clock(self):
+        self.meter.restart()
+
+    def flush(self):
+        self.meter.flush()
+
+    def draw_curves(self):
+        """Draw curves.png. Whatever goes wrong there is reported in one line."""
+        try:
+            compare.curves(self.cfg.run_dir)
+        except ImportError:
+            say("curves | not drawn: matplotlib is missing; hint: pip install matplotlib")
+        except (OSError, ValueError) as e:
+            say(f"curves | not drawn: {one_line(e)}")
+
+    def close_checkpoints(self) -> bool:
+        """Wait for the last checkpoint; tell whether it was written."""
+        return self.saver is None or self.saver.close()
+
+    def close(self, finished: bool):
+        """Close the log and draw the curves; if finished, write finished.json."""
+        self.log.close()
+        if not self.saver:
+            return
+        self.draw_curves()
+        if finished:
+            mark_finished(self.cfg, self.val_loss)
+
+
+# --------------------------------------------------------------------------------------------------
+# where a run resumes, and whether it is finished
+
+
+def resume_point(cfg: TrainConfig) -> tuple[TrainConfig, Checkpoint | None]:
+    """Return the checkpoint to resume from, on all ranks, and cfg with the length of its run."""
+    if cfg.eval_only and cfg.init_from:
+        return cfg, None
+    resume_from = on_rank0(lambda: find_checkpoint(cfg))
+    if resume_from and cfg.epochs is not None:
+        # keep the length computed when the run began, even if shards were added since
+        stored = resume_from.state["config"]
+        length = {"max_steps": stored["max_steps"], "warmup_steps": stored["warmup_steps"]}
+        cfg = dataclasses.replace(cfg, **length)
+    return cfg, resume_from
+
+
+def find_checkpoint(cfg: TrainConfig) -> Checkpoint | None:
+    """Return the checkpoint to resume from, or None for a fresh start (rank 0).
+
+    It never touches another run's files. Raises UserError for settings that would mix two runs, and
+    when checkpoints that were written are gone.
+    """
+    started_before = refuse_to_mix(cfg)
+    newest = None
+    if cfg.checkpoint_dir.exists() and cfg.resume != "never":
+        trains = not (cfg.eval_only or cfg.dry_run)
+        newest = checkpoint.newest(
+            cfg.checkpoint_dir, check=lambda c: refuse_other_run(cfg, c), rename_bad=trains
+        )
+    if cfg.resume not in ("auto", "never"):
+        return named_checkpoint(cfg, newest)
+    if newest is None:
+        metrics = cfg.run_dir / "metrics.jsonl"
+        if metrics.exists() and '"save_ms"' in metrics.read_text():
+            raise UserError(
+                f"{cfg.run_dir} has saved checkpoints, but {cfg.checkpoint_dir} has none; "
+                f"hint: --ckpt_dir if they are elsewhere, --run_name {cfg.run_name}-2 to start "
+                "again beside it"
+            )
+        if started_before:
+            say(f"resume | {cfg.run_dir} ended before its first checkpoint: from step 0")
+    return newest
+
+
+def refuse_to_mix(cfg: TrainConfig) -> bool:
+    """Raise UserError when the run directory or --ckpt_dir belong to another run.
+
+    Returns whether this run has been started before.
+    """
+    path = cfg.run_dir / "config.json"
+    stored = None
+    try:
+        stored = json.loads(path.read_text())
+    except FileNotFoundError:
+        pass
+    except ValueError:
+        say(f"{path} cannot be read, the checkpoints' own settings decide")
+    if stored and cfg.resume == "never":
+        raise UserError(
+            f"{cfg.run_dir} holds a run already, --resume never would mix with it; "
+            f"hint: --run_name {cfg.run_name}-2"
+        )
+    changed = differences(cfg, stored) if stored else ""
+    if changed:
+        raise UserError(
+            f"{cfg.run_dir} holds a run with other settings: {changed}; "
+            f"hint: --run_name {cfg.run_name}-2 starts a new one beside it. "
+            f"It may be resumed with another {', '.join(sorted(FREE_ON_RESUME))}"
+        )
+    others = checkpoint.steps(cfg.checkpoint_dir)
+    if cfg.ckpt_dir and cfg.resume in ("auto", "never") and others and not path.exists():
+        raise UserError(
+            f"{cfg.checkpoint_dir} holds checkpoints, but {cfg.run_dir} no run: another one's? "
+            f"hint: another --ckpt_dir, or --resume {others[-1]}"
+        )
+    return bool(stored)
+
+
+def refuse_other_run(cfg: TrainConfig, found: Checkpoint):
+    """Raise UserError for a checkpoint that is not of this run."""
+    if "config" not in found.state:  # hf.py import
+        raise UserError(
+            f"{found.path} holds weights from {found.state.get('source')}, not a run to resume; "
+            f"hint: --init_from {found.path} under a new --run_name"
+        )
+    changed = differences(cfg, found.state["config"])
+    if changed:
+        raise UserError(
+            f"{found.path} is of a run with other settings: {changed}; "
+            "hint: another --run_name for these"
+        )
+
+
+def named_checkpoint(cfg: TrainConfig, newest: Checkpoint | None) -> Checkpoint:
+    """Return the checkpoint of --resume PATH, or this run's newest when that one is ahead of it.
+
+    Raises UserError when it is an older one of this run: what came after would be overwritten.
+    """
+    named = checkpoint.find(cfg.resume)
+    refuse_other_run(cfg, named)
+    if newest is None:
+        return named
+    same_folder = named.path.resolve().parent == cfg.checkpoint_dir.resolve()
+    if same_folder and named.path.name != newest.path.name:
+        raise UserError(
+            f"{named.path} is not the newest checkpoint of this run, {newest.path.name} is, and "
+            f"what came between would be overwritten; hint: --run_name {cfg.run_name}-2 resumes "
+            "from there beside it"
+        )
+    return newest if newest.step > named.step else named
+
+
+def data_to_resume(
+    cfg: TrainConfig, train_data: shards.Windows, resume_from: Checkpoint
+) -> shards.Windows:
+    """Return the data that the run began with, without shards added since.
+
+    Raises UserError when the data are others, unless --accept_new_data.
+    """
+    began_with = resume_from.state["data"]
+    same_data = data_of_run(train_data, began_with)
+    if same_data is None and not cfg.accept_new_data:
+        raise UserError(
+            f"{cfg.data_root} is not the data this run began with (fingerprint "
+            f"{shard_files.fingerprints(train_data.shards)[-1]}, was {began_with}); hint: restore "
+            "it, or --accept_new_data True resumes with it"
+        )
+    note = "" if same_data else ", with other data than it began with"
+    say(f"resume | step {resume_from.step} from {resume_from.path}{note}")
+    return same_data or train_data
+
+
+def data_of_run(windows: shards.Windows, fingerprint: str) -> shards.Windows | None:
+    """Return the windows of the run with this fingerprint, without shards added since.
+
+    None when the data differ.
+    """
+    known = shard_files.fingerprints(windows.shards)
+    if fingerprint not in known:
+        return None
+    shards = windows.shards[: known.index(fingerprint) + 1]
+    return shards.Windows(shards, windows.T, windows.data_order, windows.seed, windows.vocab_size)
+
+
+def mark_finished(cfg: TrainConfig, val_loss: float):
+    """Write finished.json, which scripts can test for (torchrun's exit status does not tell)."""
+    try:
+        write_json(cfg.run_dir / "finished.json", {"step": cfg.max_steps, "val_loss": val_loss})
+    except OSError as e:
+        say(f"finished.json not written: {one_line(e)}")
+
+
+def finished_loss(cfg: TrainConfig) -> float | None:
+    """Return the final validation loss of a finished run; None when it is not finished.
+
+    finished.json is written last, after the last checkpoint and evaluation.
+    """
+    try:
+        finished = json.loads((Path(cfg.run_dir) / "finished.json").read_text())
+        return finished["val_loss"] if finished["step"] == cfg.max_steps else None
+    except (OSError, ValueError, KeyError):
+        return None

@@ -1,0 +1,1 @@
+"""What keeps a long run alive. Nothing here changes what is learned or imports the root."""

@@ -1,0 +1,181 @@
+"""The device and how it computes: choice, number type, compiler, determinism, peak speed."""
+
+import ctypes
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from runtime.command_line import UserError, one_line, say
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """Return the device called cuda, cuda:1, mps or cpu; "auto" takes the first that exists.
+
+    Raises UserError when there is no such device.
+    """
+    available = []
+    if torch.cuda.is_available():
+        available.append("cuda")
+    if torch.backends.mps.is_available():
+        available.append("mps")
+    available.append("cpu")
+    kind, _, index = (available[0] if name == "auto" else name).partition(":")
+    if kind not in available:
+        raise UserError(
+            f"device {name!r} is not there, this machine has {', '.join(available)}; "
+            f"hint: --device {available[0]}"
+        )
+    if kind != "cuda":
+        return torch.device(kind)
+    index, count = int(index or local_rank), torch.cuda.device_count()
+    if index >= count:
+        raise UserError(
+            f"GPU {index} is not there, this machine has {count}; hint: --nproc_per_node={count}"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def autocast_dtype(device: torch.device, dtype: str) -> torch.dtype:
+    """Return the type of the matmuls; "auto" is bfloat16 where the hardware multiplies it natively.
+
+    Others (T4, V100, MPS, CPUs without AMX or AVX512-BF16) emulate bfloat16, several times slower
+    than float32.
+    """
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    elif device.type == "cpu":
+        tests = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        native = any(hasattr(torch.cpu, test) and getattr(torch.cpu, test)() for test in tests)
+    else:
+        native = False
+    return torch.bfloat16 if native else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Return the context in which matmuls run in `dtype`; it changes nothing for float32."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+class Compute(NamedTuple):
+    """How a run computes: where, in which type, compiled or not."""
+
+    device: torch.device
+    dtype: torch.dtype  # of the matmuls
+    compiled: bool
+
+    def autocast(self) -> torch.autocast:
+        return autocast(self.device, self.dtype)
+
+    def compile(self, model: torch.nn.Module):
+        """Return a compiled callable of fixed shapes, or the model itself."""
+        if not self.compiled:
+            return model
+        return torch.compile(model, fullgraph=True, dynamic=False)
+
+    def try_pass(self, train_model, B: int, T: int):
+        """Run a forward and a backward pass on made-up tokens (B, T); it compiles the kernels."""
+        tokens = torch.zeros(B, T, dtype=torch.int64, device=self.device)
+        with self.autocast():
+            # clone: the compiler would specialise on idx and targets being the same tensor
+            train_model(tokens, tokens.clone()).backward()
+
+
+def choose_compute(device: torch.device, dtype: str, use_compile: bool) -> Compute:
+    """Decide how to compute; a line says so when torch.compile is wanted and does not work here."""
+    compiled = use_compile
+    if use_compile:
+        error = compile_error(device)
+        if error:
+            compiled = False
+            say(
+                f"compile | off, it does not work here ({error}); "
+                "hint: install g++ and the Python headers"
+            )
+    return Compute(device, autocast_dtype(device, dtype), compiled)
+
+
+def compile_error(device: torch.device) -> str | None:
+    """Return why torch.compile cannot build a kernel here, or None when it can.
+
+    It needs a C++ compiler on a CPU, Triton on a GPU.
+    """
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
+    except Exception as e:  # each backend has its own
+        return one_line(e)
+    return None
+
+
+# options of mallopt: M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+KEEP_FREED_MEMORY = {-4: 0, -1: 2**31 - 1, -2: 2**28}
+
+
+def keep_freed_memory():
+    """Make glibc keep freed memory: a step's activations have the same sizes as the last one's.
+
+    Otherwise they are returned to the kernel and zeroed again page by page. Costs some peak memory.
+    Only for a CPU, and only on Linux.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:  # musl
+        return
+    for option, value in KEEP_FREED_MEMORY.items():
+        mallopt(option, value)
+
+
+def use_deterministic_kernels():
+    """Choose kernels with bit-identical results each time; torch warns where it has none."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # for finding bugs; costs time
+
+
+@contextmanager
+def torch_settings_restored() -> Iterator[None]:
+    """Restore, at the end of the block, what a run sets in torch for the whole process."""
+    threads = torch.get_num_threads()
+    precision = torch.get_float32_matmul_precision()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+# Dense bf16 peak in FLOP/s (vendors' data sheets, SXM parts unless named), by a part of the name.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A10G": 70e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "B200": 2250e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Return the dense bf16 peak of a known GPU, in FLOP/s; None for others.
+
+    There is no guess: an MFU over a wrong peak is worse than none.
+    """
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)

@@ -1,0 +1,121 @@
+"""Loss, gradient norm and speed of each step: read from the device together, when a line is due."""
+
+import time
+from typing import NamedTuple
+
+import torch
+
+from runtime.command_line import say
+from runtime.device import peak_flops
+from runtime.runlog import RunLog
+from runtime.world import World, sum_over_ranks
+
+
+class Pending(NamedTuple):
+    """A step whose numbers are still on the device."""
+
+    step: int
+    lr: float
+    numbers: torch.Tensor  # (3,): loss, gradient norm, 1 if the update was made
+    digest: int  # of this process's part of the batch
+
+
+class Meter:
+    """Times steps and logs them; reads the device once for all steps since the last line."""
+
+    def __init__(self, cfg, flops_per_token: float, world: World, log: RunLog):
+        self.cfg = cfg
+        self.flops_per_token = flops_per_token
+        self.world = world
+        self.log = log
+        self.peak = peak_flops(world.device)
+        self.skipped_in_a_row = 0  # steps skipped since the last good one
+        self.restart()
+
+    def restart(self):
+        """Start the clock: what came before (saving, evaluating, sampling) does not count."""
+        self.pending: list[Pending] = []
+        self.started = time.perf_counter()
+        self.waited = 0.0  # seconds that training waited for data
+
+    def add(
+        self,
+        step: int,
+        lr: float,
+        loss: torch.Tensor,
+        norm: torch.Tensor,
+        healthy: torch.Tensor,
+        digest: int,
+    ):
+        """Keep the numbers of a step until flush()."""
+        numbers = torch.stack([loss, norm, healthy.float()])
+        self.pending.append(Pending(step, lr, numbers, digest % 2**64))
+
+    def flush(self):
+        """Log the pending steps, and print a line for the last of them."""
+        if not self.pending:
+            return
+        cfg, n = self.cfg, len(self.pending)
+        numbers = torch.stack([p.numbers for p in self.pending]).tolist()  # the host waits here
+        dt = (time.perf_counter() - self.started) / n
+        tok_s = cfg.total_batch / dt
+        mfu = None
+        if self.peak:
+            mfu = tok_s * self.flops_per_token / (self.peak * self.world.world_size)
+        speed = {
+            "dt_ms": dt * 1e3,
+            "data_ms": self.waited / n * 1e3,
+            "tok_s": tok_s,
+            "mfu": mfu,
+        }
+        hashes = self.batch_hashes() if cfg.batch_hashes else [{}] * n
+        for step, (loss, norm, healthy), batch_hash in zip(self.pending, numbers, hashes):
+            record = self.record(step, loss, norm, bool(healthy)) | batch_hash
+            self.log.write(record | speed)
+        last = self.pending[-1]
+        say(
+            f"step {last.step}/{cfg.max_steps} | loss {loss:.4f} | lr {last.lr:.2e} | "
+            f"norm {norm:.2f} | {dt * 1e3:.0f} ms | {tok_s:,.0f} tok/s"
+            f"{f' | mfu {mfu:.1%}' if mfu else ''} | "
+            f"{duration(dt * (cfg.max_steps - last.step))} left"
+        )
+        self.restart()
+
+    def record(self, step: Pending, loss: float, norm: float, healthy: bool) -> dict:
+        """Return the record of a step; a skipped one is counted, printed, and has no loss."""
+        if healthy:
+            self.skipped_in_a_row = 0
+            return {
+                "step": step.step,
+                "train/loss": loss,
+                "train/lr": step.lr,
+                "train/norm": norm,
+            }
+        self.skipped_in_a_row += 1
+        windows_per_step = self.cfg.total_batch // self.cfg.T
+        first = (step.step - 1) * windows_per_step
+        skipped = f"loss {loss}, norm {norm}"
+        windows = [first, first + windows_per_step - 1]
+        say(f"step {step.step} | skipped, no update: {skipped} | windows {windows}")
+        return {
+            "step": step.step,
+            "train/loss": None,
+            "train/lr": step.lr,
+            "train/norm": None,
+            "skipped": skipped,
+            "windows": windows,
+        }
+
+    def batch_hashes(self) -> list[dict]:
+        """Sum the digests over the ranks modulo 2**64, in halves so that nothing overflows."""
+        halves = [[p.digest >> 32, p.digest & 0xFFFFFFFF] for p in self.pending]
+        sums = sum_over_ranks(torch.tensor(halves)).tolist()
+        return [{"batch_hash": f"{((high << 32) + low) % 2**64:016x}"} for high, low in sums]
+
+
+def duration(seconds: float) -> str:
+    """Return a time in words: 2 h 05 min, or 3 min 07 s."""
+    hours, minutes = int(seconds // 3600), int(seconds % 3600 // 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {int(seconds % 60):02d} s"

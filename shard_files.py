@@ -1,0 +1,223 @@
+"""Token shards on disk: open, check, compare with manifest.json.
+
+A shard is a file of uint16 token ids: `*_train_*.npy` / `*_val_*.npy` (as build-nanogpt and
+prepare.py write them) or `.bin` in the format of llm.c (256 int32 of header: magic 20240520,
+version 1, count; then the ids).
+"""
+
+import hashlib
+import json
+import os
+import re
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from runtime.command_line import UserError, one_line
+from tokenizer import EOT
+
+BIN_MAGIC = 20240520  # llm.c's
+BIN_HEADER = 1024  # bytes: 256 int32
+RESTORE_HINT = "hint: restore the shard, then run the same command to resume"
+SCAN_TOKENS = 1 << 21  # read at a time: 4 MB
+
+
+class Shard(NamedTuple):
+    path: str
+    start: int  # byte at which the token ids begin
+    tokens: int
+    sha256: str | None = None  # of the file, where manifest.json gives one
+    stamp: tuple = ()  # size, time of change and number of the file when it was opened
+
+
+class Scan(NamedTuple):
+    """What reading a whole shard finds."""
+
+    sha256: str
+    documents: int  # <|endoftext|> tokens
+    beyond: int  # ids above GPT-2's
+
+
+# --------------------------------------------------------------------------------------------------
+# opening
+
+
+def stamp(path: str) -> tuple:
+    """Return size, time of change and inode: they differ once a file is written or replaced."""
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def open_shard(path: str) -> Shard:
+    """Check a shard's header against the file's size. Raises ValueError saying what is wrong."""
+    file_stamp = stamp(path)
+    size = file_stamp[0]
+    with open(path, "rb") as f:
+        start, tokens = read_bin_header(f) if path.endswith(".bin") else read_npy_header(f)
+    if size != start + 2 * tokens:
+        raise ValueError(
+            f"its header says {tokens} tokens = {start + 2 * tokens} bytes, the file has {size}"
+        )
+    return Shard(path, start, tokens, stamp=file_stamp)
+
+
+def read_bin_header(f) -> tuple[int, int]:
+    """Return where the ids of a .bin file begin, and how many there are. Raises ValueError."""
+    header = np.frombuffer(f.read(BIN_HEADER), dtype=np.int32)
+    if len(header) < 256 or header[0] != BIN_MAGIC or header[1] != 1:
+        raise ValueError("its header is not llm.c's (magic 20240520, version 1)")
+    return BIN_HEADER, int(header[2])
+
+
+def read_npy_header(f) -> tuple[int, int]:
+    """Return where the ids of a .npy file begin, and how many there are. Raises ValueError."""
+    version = np.lib.format.read_magic(f)
+    readers = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    shape, _, dtype = readers[version](f)
+    if dtype != np.uint16 or len(shape) != 1:
+        raise ValueError(f"it holds {dtype} of shape {shape}, expected one dimension of uint16")
+    return f.tell(), shape[0]
+
+
+def open_shards(root: str, split: str, T: int, wrong: list[str] | None = None) -> list[Shard]:
+    """Return the shards of a split ("train" or "val") in name order, headers and sizes checked.
+
+    They are checked against manifest.json, too, if there is one; while prepare.py is still adding
+    files to a directory, only those that the manifest lists so far are taken. Raises UserError
+    listing all that is wrong; given a list `wrong`, it appends that to the list and returns the
+    valid shards.
+    """
+    manifest = read_manifest(root)
+    listed = {s["file"]: s for s in manifest.get("shards", ()) if s["split"] == split}
+    shards, problems = [], []
+    for path in shard_paths(root, split):
+        if path.name not in listed and not manifest.get("complete", True):
+            continue
+        entry = listed.pop(path.name, {})
+        try:
+            shard = open_shard(str(path))._replace(sha256=entry.get("sha256"))
+            if manifest and shard.tokens != entry.get("tokens"):
+                raise ValueError(
+                    f"manifest.json says {entry.get('tokens', 'no such shard')}, "
+                    f"on disk {shard.tokens}"
+                )
+            if shard.tokens <= T:
+                raise ValueError(f"{shard.tokens} tokens, fewer than a window of T + 1 = {T + 1}")
+            shards.append(shard)
+        except (ValueError, OSError, KeyError, EOFError) as e:
+            problems.append(f"{path}: {e}")
+    for name in listed:
+        problems.append(f"{os.path.join(root, name)}: in manifest.json, but not there")
+    if not shards and not problems:
+        raise UserError(
+            f"no {split} shards (*{split}*.npy or .bin) in {root}; "
+            f"hint: python prepare.py files YOUR.txt --out {root}"
+        )
+    if wrong is not None:
+        wrong += problems
+    elif problems:
+        hint = "hint: prepare these shards again, or move them away"
+        if any("window" in problem for problem in problems):
+            hint += ", or lower --T"
+        raise UserError(f"{'; '.join(problems)}; {hint}")
+    return shards
+
+
+def shard_paths(root: str, split: str) -> list[Path]:
+    """List the files with the split as a word in their name. UserError for two kinds."""
+    word = re.compile(rf"(?<![a-z]){split}(?![a-z])")  # not retrie[val]
+    files = (p for p in Path(root).glob("*") if p.suffix in (".npy", ".bin"))
+    paths = sorted(p for p in files if word.search(p.name))
+    if len({p.suffix for p in paths}) > 1:
+        raise UserError(
+            f"{root} mixes .npy and .bin {split} shards, maybe the same text twice; "
+            "hint: keep one kind"
+        )
+    return paths
+
+
+def read_manifest(root: str | Path) -> dict:
+    """Return manifest.json of a directory, {} without one. UserError when it is not one of ours."""
+    path = Path(root) / "manifest.json"
+    if not path.exists():
+        return {}
+    try:
+        manifest = json.loads(path.read_text())
+        for shard in manifest["shards"]:
+            missing = {"file", "split", "tokens"} - set(shard)
+            if missing:
+                raise ValueError(f"a shard without {', '.join(sorted(missing))}")
+        if manifest["tokenizer"] != "gpt2":
+            raise ValueError(f"tokenizer {manifest['tokenizer']!r}, expected 'gpt2'")
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path}: {one_line(e)}; hint: prepare these shards again") from e
+    return manifest
+
+
+# --------------------------------------------------------------------------------------------------
+# reading all of it
+
+
+def scan(shard: Shard, idle: float = 0) -> Scan:
+    """Read a whole shard. Sleeps `idle` seconds per second of work."""
+    digest = hashlib.sha256()
+    documents = beyond = 0
+    with open(shard.path, "rb") as f:
+        digest.update(f.read(shard.start))
+        started = time.perf_counter()
+        while len(tokens := np.fromfile(f, np.uint16, SCAN_TOKENS)):
+            digest.update(tokens)
+            documents += int((tokens == EOT).sum())
+            beyond += int((tokens > EOT).sum())
+            time.sleep(idle * (time.perf_counter() - started))
+            started = time.perf_counter()
+    return Scan(digest.hexdigest(), documents, beyond)
+
+
+def verify(shards: list[Shard], wrong: list[str]):
+    """Append to `wrong` a message for every shard that differs from manifest.json.
+
+    Runs in a background thread at a fifth of full speed.
+    """
+    for shard in shards:
+        if not shard.sha256:
+            continue
+        try:
+            if scan(shard, idle=4).sha256 != shard.sha256:
+                wrong.append(
+                    f"{shard.path} is damaged: its SHA-256 is not that in manifest.json; "
+                    f"{RESTORE_HINT}"
+                )
+        except OSError as e:
+            wrong.append(f"{shard.path} cannot be read ({e.strerror}); {RESTORE_HINT}")
+
+
+def fingerprints(shards: list[Shard]) -> list[str]:
+    """Return fingerprints of the first 1, 2, ... n shards: a hash of names, sizes and contents.
+
+    Resuming compares them, so that shards added later do no harm. Without a manifest the content is
+    sampled: 4 KB at 16 places.
+    """
+    digest, names = hashlib.blake2b(digest_size=8), []
+    for shard in shards:
+        content = shard.sha256 or sampled_hash(shard)
+        digest.update(repr((os.path.basename(shard.path), shard.tokens, content)).encode())
+        names.append(digest.hexdigest())
+    return names
+
+
+def sampled_hash(shard: Shard) -> str:
+    """Return the SHA-256 of 4 KB at 16 places of a shard."""
+    end = shard.start + 2 * shard.tokens
+    places = np.linspace(shard.start, end, 16, endpoint=False).astype(int).tolist()
+    digest = hashlib.sha256()
+    with open(shard.path, "rb") as f:
+        for place in places:
+            f.seek(place)
+            digest.update(f.read(4096))
+    return digest.hexdigest()
