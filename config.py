@@ -1,4 +1,4 @@
-"""Every setting of a training run, the named presets, and the check before anything slow starts.
+"""Every setting of a training run, and the named presets.
 
 python train_gpt2.py --help                     all settings with their defaults
 python train_gpt2.py gpt2-rope --dry_run True   what a preset comes to, without training
@@ -275,7 +275,7 @@ def fit_warmup(cfg: TrainConfig, notes: list[str]) -> TrainConfig:
 
 
 # --------------------------------------------------------------------------------------------------
-# from the command line to checked settings
+# the command line
 
 
 def from_command_line(argv: list[str]) -> tuple[TrainConfig, list[str]]:
@@ -309,105 +309,6 @@ def from_command_line(argv: list[str]) -> tuple[TrainConfig, list[str]]:
     )
     cfg, more_notes = build(name, {option: getattr(parsed, option) for option in given})
     return cfg, notes + more_notes
-
-
-def problems(cfg: TrainConfig, world_size: int) -> list[str]:
-    """List every problem with the settings, each with its values and a hint."""
-    wrong = out_of_range(cfg)
-    if wrong:
-        return wrong  # the rules below divide by these
-    return batch_problems(cfg, world_size) + model_problems(cfg) + schedule_problems(cfg)
-
-
-POSITIVE = (
-    "n_layer n_head n_embd vocab_size total_batch B T max_steps eval_interval val_tokens "
-    "sample_interval log_interval save_interval keep_last max_lr embed_lr head_lr max_skipped "
-    "group_timeout"
-).split()
-NOT_NEGATIVE = (
-    "warmup_steps weight_decay grad_norm_clip hellaswag_limit n_samples sample_tokens min_lr "
-    "save_minutes"
-).split()
-
-
-def out_of_range(cfg: TrainConfig) -> list[str]:
-    wrong = []
-    for name in POSITIVE:
-        value = getattr(cfg, name)
-        if value != "auto" and not value > 0:
-            wrong.append(f"{name} is {value}, must be above 0; hint: --{name}")
-    for name in NOT_NEGATIVE:
-        value = getattr(cfg, name)
-        if not value >= 0:
-            wrong.append(f"{name} is {value}, must not be negative; hint: --{name}")
-    if not all(0 <= beta < 1 for beta in cfg.betas):
-        wrong.append(f"betas are {cfg.betas}, each must be in [0, 1); hint: --betas 0.9 0.95")
-    if cfg.epochs is not None and not cfg.epochs > 0:
-        wrong.append(f"epochs is {cfg.epochs}, must be above 0; hint: --epochs 1")
-    if "/" in cfg.run_name or cfg.run_name in (".", ".."):
-        wrong.append(
-            f"run_name {cfg.run_name!r} must be a plain name; hint: --log_dir sets the place"
-        )
-    return wrong
-
-
-def batch_problems(cfg: TrainConfig, world_size: int) -> list[str]:
-    wrong = []
-    B = 1 if cfg.B == "auto" else cfg.B
-    tokens = B * cfg.T * world_size  # in one micro-step of all processes
-    if cfg.total_batch % tokens:
-        fitting = [b for b in range(1, B + 1) if cfg.total_batch % (b * cfg.T * world_size) == 0]
-        fix = f"--total_batch {max(1, round(cfg.total_batch / tokens)) * tokens}"
-        if fitting:
-            fix = f"--B {fitting[-1]}"
-        wrong.append(
-            f"total_batch {cfg.total_batch} is not a multiple of B x T x processes = {B} x {cfg.T} "
-            f"x {world_size} = {tokens}; hint: {fix}"
-        )
-    if cfg.val_tokens < cfg.T:
-        wrong.append(
-            f"val_tokens {cfg.val_tokens} is less than one window of T = {cfg.T}; "
-            f"hint: --val_tokens {64 * cfg.T}"
-        )
-    return wrong
-
-
-def model_problems(cfg: TrainConfig) -> list[str]:
-    wrong = []
-    if cfg.block_size < cfg.T:
-        wrong.append(f"T {cfg.T} exceeds block_size {cfg.block_size}; hint: --block_size {cfg.T}")
-    if cfg.n_embd % cfg.n_head:
-        wrong.append(f"n_embd {cfg.n_embd} does not divide by n_head {cfg.n_head}; hint: --n_head")
-    rotary = cfg.use_rope or cfg.arch == "modern"
-    if rotary and cfg.n_embd // cfg.n_head % 2:
-        wrong.append(
-            f"RoPE needs heads of even width, n_embd / n_head is {cfg.n_embd // cfg.n_head}; "
-            "hint: --n_head"
-        )
-    if cfg.arch == "modern" and (cfg.use_rope or cfg.use_swiglu):
-        wrong.append(
-            "arch modern has its own positions (RoPE) and MLP (ReLU^2), use_rope is "
-            f"{cfg.use_rope}, use_swiglu {cfg.use_swiglu}; "
-            "hint: --use_rope False --use_swiglu False, or --arch gpt2"
-        )
-    if cfg.optimizer == "muon" and cfg.arch != "modern":
-        wrong.append(
-            f"optimizer muon needs arch modern, arch is {cfg.arch}: its head and embedding are one "
-            "matrix; hint: --optimizer adamw"
-        )
-    return wrong
-
-
-def schedule_problems(cfg: TrainConfig) -> list[str]:
-    wrong = []
-    if cfg.min_lr > cfg.max_lr:
-        wrong.append(f"min_lr {cfg.min_lr:g} exceeds max_lr {cfg.max_lr:g}; hint: --min_lr")
-    if cfg.epochs is None and cfg.warmup_steps >= cfg.max_steps and cfg.warmup_steps != 0:
-        wrong.append(
-            f"warmup_steps {cfg.warmup_steps} must be below max_steps {cfg.max_steps}; "
-            f"hint: --warmup_steps {cfg.max_steps // 20}"
-        )
-    return wrong
 
 
 # --------------------------------------------------------------------------------------------------

@@ -166,6 +166,12 @@ class Records:
         except (OSError, ValueError) as e:
             say(f"curves | not drawn: {one_line(e)}")
 
+    def abandon(self):
+        """Close what is open after an error: threads, and the log with its lock."""
+        if self.saver:
+            self.saver.close()
+        self.log.close()
+
     def close_checkpoints(self) -> bool:
         """Wait for the last checkpoint; tell whether it was written."""
         return self.saver is None or self.saver.close()

@@ -23,7 +23,7 @@ curves.png, ckpt/, and, written last, finished.json.
 
 import sys
 
-from config import TrainConfig, as_listed, fit_warmup, from_command_line, problems
+from config import TrainConfig, from_command_line
 from runtime.command_line import UserError, one_line, run_script, say
 
 if __name__ == "__main__":  # before torch is imported (2 s): --help and typos are answered at once
@@ -47,6 +47,7 @@ import shards
 from evaluate import Evaluator
 from kernels.attention import install_cpu_attention
 from model import GPT, GPTConfig
+from preflight import Data, check
 from runtime import checkpoint
 from runtime.checkpoint import Checkpoint
 from runtime.device import (
@@ -59,13 +60,7 @@ from runtime.device import (
 from runtime.memory import fit_batch, out_of_memory
 from runtime.runlog import read_metrics
 from runtime.stop import INTERRUPTED, Stop, Stopped
-from runtime.world import World, join_world, on_rank0, sum_over_ranks
-from shard_files import fingerprints, open_shards
-
-
-class Data(NamedTuple):
-    train: shards.Windows
-    val: shards.Windows
+from runtime.world import World, join_world, sum_over_ranks
 
 
 class Run(NamedTuple):
@@ -212,82 +207,14 @@ def run_stages(cfg: TrainConfig, world: World, stop: Stop) -> Result:
     if cfg.eval_only:
         return evaluate_only(cfg, model, resume_from, data.val, world, stop)
     run = set_up(cfg, model, resume_from, data, world, stop)
-    warm_up(run)
-    step, finished = train_loop(run)
+    try:
+        warm_up(run)
+        step, finished = train_loop(run)
+    except BaseException:  # in a notebook the process lives on: release the run directory
+        run.loader.close()
+        run.records.abandon()
+        raise
     return finish(run, step, finished)
-
-
-def check(cfg: TrainConfig, world: World) -> tuple[TrainConfig, Data]:
-    """Find everything that can be wrong with settings and data before anything slow starts.
-
-    Returns cfg with max_steps set from epochs, and the data.
-    """
-    if "RANK" in os.environ and world.device.type == "cuda" and cfg.preset == "shakespeare":
-        raise UserError(
-            "torchrun on GPUs needs a preset, the default is a toy; "
-            "hint: torchrun ... train_gpt2.py gpt2-rope"
-        )
-    wrong, data = problems(cfg, world.world_size), None
-    if cfg.T > 0 and cfg.total_batch > 0:
-        try:
-            data = open_data(cfg)
-        except UserError as e:
-            wrong.append(str(e))
-    if data and cfg.epochs is not None:
-        cfg = set_length(cfg, data.train)
-        wrong = wrong or problems(cfg, world.world_size)
-    if wrong:
-        raise UserError("\n       ".join(wrong))
-    describe(cfg, data, world)
-    return cfg, data
-
-
-def open_data(cfg: TrainConfig) -> Data:
-    """Open the shards of both splits; the default run's are made if need be. Raises UserError."""
-    if cfg.preset == "shakespeare" and cfg.data_root == as_listed("shakespeare").data_root:
-        on_rank0(lambda: prepare_shakespeare(cfg.data_root))
-    train, val = (open_shards(cfg.data_root, split, cfg.T) for split in ("train", "val"))
-    return Data(
-        shards.Windows(train, cfg.T, cfg.data_order, cfg.data_seed, cfg.vocab_size),
-        shards.Windows(val, cfg.T, vocab_size=cfg.vocab_size),
-    )
-
-
-def prepare_shakespeare(data_root: str):
-    import prepare
-
-    prepare.shakespeare(data_root)
-
-
-def set_length(cfg: TrainConfig, train_data: shards.Windows) -> TrainConfig:
-    """Return cfg with max_steps set from epochs, and a warm-up that fits."""
-    tokens = train_data.in_epochs(cfg.epochs) * cfg.T
-    notes = [f"{cfg.epochs:g} epochs are {max(1, tokens // cfg.total_batch)} steps"]
-    cfg = dataclasses.replace(cfg, max_steps=max(1, tokens // cfg.total_batch))
-    cfg = fit_warmup(cfg, notes)
-    for note in notes:
-        say(f"config | {note}")
-    return cfg
-
-
-def describe(cfg: TrainConfig, data: Data, world: World):
-    """Print what the data hold. Raises UserError when the processes see different shards."""
-    train, val = data
-    windows = train.per_epoch()
-    epochs = cfg.max_steps * (cfg.total_batch // cfg.T) / windows
-    val_tokens = min(cfg.val_tokens, val.per_epoch() * cfg.T)
-    say(
-        f"data | {cfg.data_root} | train {train.sizes.sum():,} tokens, shards: "
-        f"{len(train.shards)}, {windows:,} windows | {epochs:.2f} epochs, {cfg.data_order} order, "
-        f"{train.left_out(0).sum():,} tokens left out of the first | "
-        f"val {val_tokens:,} of {val.sizes.sum():,} tokens"
-    )
-    fingerprint = int(fingerprints(train.shards)[-1], 16) % 2**32
-    if sum_over_ranks(torch.tensor(fingerprint)).item() != fingerprint * world.world_size:
-        raise UserError(
-            f"the processes see different shards in {cfg.data_root}; hint: the same files on all "
-            "machines, and no download going on while a run starts"
-        )
 
 
 def build_model(cfg: TrainConfig, resume_from: Checkpoint | None, world: World) -> GPT:
