@@ -14,52 +14,52 @@ import tyro
 
 from runtime.command_line import UserError, near, parse
 
+# --------------------------------------------------------------------------------------------------
+# Settings, in groups. Their comments are what --help shows.
+
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """One training run. The defaults: gpt2-baseline, GPT-2 (124M) on 10B tokens of FineWeb-Edu."""
+class ModelSettings:
+    """The network (model.py). Defaults: GPT-2 (124M), 50,257 ids padded to a multiple of 128."""
 
-    preset: tyro.conf.Suppress[str] = "gpt2-baseline"  # set by the first word of the command line
-
-    # model
     n_layer: int = 12  # transformer blocks
-    n_head: int = 12  # attention heads; n_embd must divide by it
+    n_head: int = 12  # attention heads; n_embd must be a multiple of it
     n_embd: int = 768  # width of the residual stream
-    # longest sequence the model accepts, tokens; = T unless given
-    block_size: int | None = None
-    # rows of the embedding: 50,257 GPT-2 ids, padded to a multiple of 128 for speed
-    vocab_size: int = 50304
+    block_size: int | None = None  # longest sequence the model accepts, tokens; = T unless given
+    vocab_size: int = 50304  # rows of the embedding
     use_rope: bool = False  # rotary positions instead of a learned table
     use_swiglu: bool = False  # gated MLP with as many parameters instead of tanh-GELU
-    # modern: RMSNorm, RoPE, QK-norm, ReLU^2, zero-init, untied head (model.py)
+    # modern: RMSNorm, RoPE, QK-norm, ReLU^2, zero-init, untied head
     arch: Literal["gpt2", "modern"] = "gpt2"
     # start from weights: gpt2 (and -medium, -large, -xl), a Hugging Face folder, or a checkpoint
     init_from: str = ""
 
-    # batch: only total_batch changes what is learned; B and the number of GPUs change memory and
-    # speed
 
-    # tokens in one optimizer step, over all GPUs (2**19, about the 0.5M of GPT-3 small)
-    total_batch: int = 524288
+@dataclass(frozen=True)
+class BatchSettings:
+    """The batch. Only total_batch changes what is learned; B and the number of GPUs do not."""
+
+    total_batch: int = 524288  # tokens in one optimizer step, over all GPUs
     # sequences in one micro-batch on one GPU; auto = as many as its memory holds
     B: int | Literal["auto"] = 64
     T: int = 1024  # tokens in a sequence
 
-    # optimizer: AdamW with the settings of GPT-3 (Brown et al. 2020, appendix B)
 
-    # muon: hidden matrices by Muon, embedding and head by AdamW (only arch modern: GPT-2's are
-    # tied)
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """The optimizer (optim.py). Defaults: AdamW as for GPT-3 (Brown et al. 2020, appendix B)."""
+
+    # muon: hidden matrices by Muon, embedding and head by AdamW (arch modern only)
     optimizer: Literal["adamw", "muon"] = "adamw"
-    # of all learning rates, after the warm-up (optim.py)
+    # of all learning rates, after the warm-up
     schedule: Literal["cosine", "constant_linear"] = "cosine"
     max_lr: float = 6e-4  # peak learning rate; muon: of the hidden matrices
     # learning rate at the end of the schedule; 10% of max_lr unless given
     min_lr: float | None = None
-    # muon: peak rate of the embedding (modded-nanogpt, tuned at 768 wide, as the next one)
-    embed_lr: float = 0.7
-    head_lr: float = 0.004  # muon: peak rate of the head
-    warmup_steps: int = 715  # linear warm-up: GPT-3's 375M tokens in steps of 2**19
-    max_steps: int = 19073  # optimizer steps: 10B tokens in steps of 2**19
+    embed_lr: float = 0.7  # muon: peak learning rate of the embedding
+    head_lr: float = 0.004  # muon: peak learning rate of the head
+    warmup_steps: int = 715  # steps of linear warm-up
+    max_steps: int = 19073  # optimizer steps
     epochs: float | None = None  # passes over the training split; sets max_steps when given
     # on matrices and embeddings, not on biases and norms; muon: on the hidden matrices
     weight_decay: float = 0.1
@@ -68,24 +68,35 @@ class TrainConfig:
     # clip the gradient to this L2 norm over all parameters; 0 = no clipping
     grad_norm_clip: float = 1.0
 
-    # data
+
+@dataclass(frozen=True)
+class DataSettings:
+    """The data (shards.py) and what is random."""
+
     data_root: str = "data/fineweb-edu-10BT"  # directory of token shards (see prepare.py)
     # sequential: as on disk; documents: shuffled within shards; global: all windows permuted
     data_order: Literal["sequential", "documents", "global"] = "sequential"
     data_seed: int = 1337  # decides the order of the data
     seed: int = 42  # decides initial weights and samples
 
-    # evaluation, in optimizer steps; always also after the last update
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Evaluation and samples, in optimizer steps; always also after the last update."""
+
     eval_interval: int = 250  # steps between evaluations
-    # validation tokens, the same ones for any B and any number of GPUs (10 * 2**19)
-    val_tokens: int = 5242880
+    val_tokens: int = 5242880  # validation tokens, the same ones for any B and any number of GPUs
     hellaswag_limit: int = 10042  # HellaSwag items, spread over the set; 0 = off
     sample_interval: int = 250  # steps between samples
     n_samples: int = 4  # texts sampled each time; 0 = off
     sample_tokens: int = 32  # tokens in each sample
     sample_prompt: str = "Hello, I'm a language model,"  # how samples begin
 
-    # records and checkpoints
+
+@dataclass(frozen=True)
+class RecordSettings:
+    """Records and checkpoints (records.py)."""
+
     log_interval: int = 1  # steps between log lines; the loss is read from the device only then
     save_interval: int = 1000  # steps between checkpoints; always also after the last update
     save_minutes: float = 15  # and at least this often by the clock; 0 = by steps only
@@ -104,20 +115,52 @@ class TrainConfig:
     # write a hash of every global batch into metrics.jsonl, to compare runs
     batch_hashes: bool = False
 
-    # machine
+
+@dataclass(frozen=True)
+class MachineSettings:
+    """The machine, and what to do at all."""
+
     device: str = "auto"  # cuda, mps or cpu; auto takes the first of these that exists
     # of the matmuls; auto = bfloat16 where the device has it
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     use_compile: bool = True  # torch.compile (needs a C++ compiler on the CPU)
-    # activation checkpointing per block: less memory, 10% slower (CPU)
-    recompute: bool = False
+    recompute: bool = False  # activation checkpointing per block: less memory, 10% slower (CPU)
     # bit-identical each time, on any number of processes with the same B; slower
     deterministic: bool = False
     # seconds without progress after which a process ends itself and its peers
     group_timeout: float = 600
-    # evaluate the newest checkpoint (or init_from) once, and stop
-    eval_only: bool = False
-    dry_run: bool = False  # check settings and data, print the plan, and stop
+    eval_only: bool = False  # evaluate the newest checkpoint (or init_from) once, and stop
+    dry_run: bool = False  # check the settings, print what the run comes to, and stop
+
+
+GROUPS = {
+    "model": ModelSettings,
+    "batch": BatchSettings,
+    "optimizer": OptimizerSettings,
+    "data": DataSettings,
+    "evaluation": EvaluationSettings,
+    "records": RecordSettings,
+    "machine": MachineSettings,
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig(
+    MachineSettings,
+    RecordSettings,
+    EvaluationSettings,
+    DataSettings,
+    OptimizerSettings,
+    BatchSettings,
+    ModelSettings,
+):
+    """One training run: all settings, flat. The defaults are the preset gpt2-baseline.
+
+    Batch and length are about those of GPT-3 small: 2**19 tokens per step, a warm-up of 375M tokens
+    (715 steps), and 10B tokens in all (19,073 steps).
+    """
+
+    preset: str = "gpt2-baseline"  # the first word of the command line
 
     @property
     def run_dir(self) -> Path:
@@ -278,12 +321,27 @@ def fit_warmup(cfg: TrainConfig, notes: list[str]) -> TrainConfig:
 # the command line
 
 
-def from_command_line(argv: list[str]) -> tuple[TrainConfig, list[str]]:
-    """Return the settings of `[PRESET] [--field value ...]`, and notes on them, one line each.
+# What settings are called elsewhere, and here.
+ADVICE = {
+    "batch_size": "tokens per optimizer step are --total_batch, rows per micro-batch --B",
+    "device_batch_size": "rows per micro-batch are --B",
+    "gradient_accumulation_steps": "it follows from --total_batch, --B and the number of GPUs",
+    "learning_rate": "it is --max_lr here",
+    "lr": "it is --max_lr here",
+    "max_iters": "it is --max_steps here",
+    "num_iterations": "it is --max_steps here",
+    "warmup_iters": "it is --warmup_steps here",
+    "eval_iters": "the validation tokens are --val_tokens",
+    "preset": "a preset is the first word: train_gpt2.py gpt2-rope",
+    "compile": "it is --use_compile here",
+    "dataset": "the directory of shards is --data_root",
+    "out_dir": "the run directory is --log_dir/--run_name",
+}
 
-    Unknown options are found before tyro parses, so that the error is one line with a hint.
-    """
-    notes, fields = [], [f.name for f in dataclasses.fields(TrainConfig) if f.name != "preset"]
+
+def from_command_line(argv: list[str]) -> tuple[TrainConfig, list[str]]:
+    """Return the settings of `[PRESET] [--field value ...]`, and notes on them, one line each."""
+    notes = []
     if argv and not argv[0].startswith("-"):
         name, argv = argv[0], argv[1:]
     else:
@@ -293,21 +351,24 @@ def from_command_line(argv: list[str]) -> tuple[TrainConfig, list[str]]:
             "GPUs: torchrun --standalone --nproc_per_node=4 train_gpt2.py gpt2-rope"
         )
     listed = as_listed(name)
-    given = [a[2:].split("=")[0].replace("-", "_") for a in argv if a.startswith("--")]
-    unknown = [option for option in given if option not in fields and option != "help"]
-    if unknown:
-        near_names = "; ".join(
-            f"no option --{option}: {near(option, fields)}" for option in unknown
-        )
-        raise UserError(f"{near_names}; hint: --help lists all")
+    groups = []
+    for group, cls in GROUPS.items():
+        values = {f.name: getattr(listed, f.name) for f in dataclasses.fields(cls)}
+        groups.append((group, tyro.conf.OmitArgPrefixes[cls], cls(**values)))
     parsed = parse(
-        TrainConfig,
-        args=argv,
-        default=listed,
+        dataclasses.make_dataclass("Settings", groups, frozen=True),
+        argv,
+        advice=ADVICE,
         prog=f"train_gpt2.py {name}",
-        description=f"presets: {', '.join(PRESETS)} (first word; shown: {name})",
+        description=f"presets (first word; shown: {name}): {', '.join(PRESETS)}",
     )
-    cfg, more_notes = build(name, {option: getattr(parsed, option) for option in given})
+    given = [a[2:].split("=")[0].replace("-", "_") for a in argv if a.startswith("--")]
+    changes = {}
+    for group, cls in GROUPS.items():
+        for field in dataclasses.fields(cls):
+            if field.name in given or f"no_{field.name}" in given:
+                changes[field.name] = getattr(getattr(parsed, group), field.name)
+    cfg, more_notes = build(name, changes)
     return cfg, notes + more_notes
 
 

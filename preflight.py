@@ -160,13 +160,18 @@ def model_problems(cfg: TrainConfig) -> list[str]:
     wrong = []
     if cfg.block_size < cfg.T:
         wrong.append(f"T {cfg.T} exceeds block_size {cfg.block_size}; hint: --block_size {cfg.T}")
-    if cfg.n_embd % cfg.n_head:
-        wrong.append(f"n_embd {cfg.n_embd} does not divide by n_head {cfg.n_head}; hint: --n_head")
     rotary = cfg.use_rope or cfg.arch == "modern"
-    if rotary and cfg.n_embd // cfg.n_head % 2:
+    unit = 2 if rotary else 1
+    fitting = [n for n in range(1, cfg.n_embd + 1) if cfg.n_embd % (n * unit) == 0]
+    nearest = min(fitting, key=lambda n: abs(n - cfg.n_head), default=1)
+    if cfg.n_embd % cfg.n_head:
+        wrong.append(
+            f"n_embd {cfg.n_embd} is not divisible by n_head {cfg.n_head}; hint: --n_head {nearest}"
+        )
+    elif rotary and cfg.n_embd // cfg.n_head % 2:
         wrong.append(
             f"RoPE needs heads of even width, n_embd / n_head is {cfg.n_embd // cfg.n_head}; "
-            "hint: --n_head"
+            f"hint: --n_head {nearest}"
         )
     if cfg.arch == "modern" and (cfg.use_rope or cfg.use_swiglu):
         wrong.append(

@@ -1,9 +1,14 @@
 """What all scripts share on the command line: messages, errors in one line, one way to parse."""
 
+import dataclasses
 import difflib
+import inspect
 import os
+import re
 import sys
+import typing
 from collections.abc import Callable, Iterable
+from typing import Literal
 
 import tyro
 
@@ -50,15 +55,143 @@ def run_script(main: Callable[[], None]):
         sys.exit(2)
 
 
-# Options are written --like_this, and booleans take a value: --wandb_offline True.
+# --------------------------------------------------------------------------------------------------
+# parsing
+
+# Options are written --like_this or --like-this.
 STYLE = {"use_underscores": True, "config": (tyro.conf.FlagConversionOff,)}
+TRUE = ("true", "yes", "on", "1")
+FALSE = ("false", "no", "off", "0")
 
 
-def parse(what, **options):
-    """Call tyro.cli() in this project's style: build `what` (a class or function) from sys.argv."""
-    return tyro.cli(what, **STYLE, **options)
+def parse(what, args: list[str] | None = None, advice: dict[str, str] | None = None, **more):
+    """Build a dataclass from a command line (default: sys.argv), or call a function.
+
+    Integers may be written 1e4 or 2**19; booleans as --flag, --no-flag, or with a value. Raises
+    UserError for unknown options; `advice` says what names that others use are called here.
+    The rest is tyro.cli(), which gets `more`.
+    """
+    args = sys.argv[1:] if args is None else args
+    args = canonical(args, option_types(what), advice or {})
+    return tyro.cli(what, args=args, **STYLE, **more)
 
 
 def parse_command(commands: dict[str, Callable], description: str):
     """Run one of several commands, chosen by the first word of the command line."""
-    return tyro.extras.subcommand_cli_from_dict(commands, description=description, **STYLE)
+    args = sys.argv[1:]
+    if args and args[0] in commands:
+        args = args[:1] + canonical(args[1:], option_types(commands[args[0]]), {})
+    return tyro.extras.subcommand_cli_from_dict(
+        commands, args=args, description=description, **STYLE
+    )
+
+
+def option_types(what) -> dict[str, object]:
+    """Return the type of each option: of a function's parameters or of a dataclass's fields.
+
+    Fields that are dataclasses themselves count as groups of options.
+    """
+    if not dataclasses.is_dataclass(what):
+        return {p.name: p.annotation for p in inspect.signature(what).parameters.values()}
+    types = {}
+    for field in dataclasses.fields(what):
+        group = typing.get_args(field.type)[:1]  # of Annotated
+        if group and dataclasses.is_dataclass(group[0]):
+            types |= option_types(group[0])
+        else:
+            types[field.name] = field.type
+    return types
+
+
+def canonical(args: list[str], types: dict[str, object], advice: dict[str, str]) -> list[str]:
+    """Rewrite a command line in the form that tyro takes.
+
+    Raises UserError for unknown options, and for values of a wrong type.
+    """
+    out, wrong = [], []
+    i = 0
+    while i < len(args):
+        if not args[i].startswith("--") or args[i] == "--help":
+            out.append(args[i])
+            i += 1
+            continue
+        name, equals, value = args[i][2:].partition("=")
+        name = name.replace("-", "_")
+        positive = name.removeprefix("no_")
+        i += 1
+        if name not in types and types.get(positive) is bool and not equals:
+            out += [f"--{positive}", "False"]
+            continue
+        if name not in types:
+            wrong.append(f"no option --{name}: {advice.get(name) or near(name, types)}")
+            continue
+        out.append(f"--{name}")
+        if types[name] is bool:
+            if not equals and i < len(args) and not args[i].startswith("--"):
+                value = args[i]
+                i += 1
+            value = boolean(value)
+        elif not equals and i < len(args) and not args[i].startswith("--"):
+            value = args[i]
+            i += 1
+        elif not equals:
+            wrong.append(f"--{name} has no value")
+            continue
+        value = integer(value) if int in alternatives(types[name]) else value
+        problem = value_problem(value, types[name])
+        if problem:
+            wrong.append(f"--{name} is {value!r}, {problem}")
+        out.append(value)
+    if wrong:
+        raise UserError(f"{'; '.join(wrong)}; hint: --help lists all options")
+    return out
+
+
+def alternatives(option_type) -> tuple:
+    """Return the members of a union, or the type itself."""
+    return typing.get_args(option_type) or (option_type,)
+
+
+def value_problem(value: str, option_type) -> str:
+    """Return what is wrong with the value of an option; "" when nothing is, or tyro has to tell."""
+    choices, numbers = [], []
+    for part in alternatives(option_type):
+        if typing.get_origin(part) is Literal:
+            choices += typing.get_args(part)
+        elif isinstance(part, str):  # of a plain Literal
+            choices.append(part)
+        elif part in (int, float, bool):
+            numbers.append(part)
+        elif part is type(None):
+            choices.append("None")
+        else:
+            return ""
+    if value in choices or (bool in numbers and value in ("True", "False")):
+        return ""
+    for number in (int, float):
+        try:
+            if number in numbers:
+                number(value)
+                return ""
+        except ValueError:
+            pass
+    names = {int: "a whole number", float: "a number", bool: "True or False"}
+    expected = [names[number] for number in numbers] + [c for c in choices if c != "None"]
+    return f"expected {' or '.join(expected)}"
+
+
+def boolean(value: str) -> str:
+    """Return the True or False that a word means; no word means True."""
+    if value.lower() in FALSE:
+        return "False"
+    return "True" if value == "" or value.lower() in TRUE else value
+
+
+def integer(value: str) -> str:
+    """Return 10000 for 1e4, 524288 for 2**19; anything else as it is."""
+    power = re.fullmatch(r"(\d+)\*\*(\d{1,3})", value)
+    if power:
+        return str(int(power[1]) ** int(power[2]))
+    if re.fullmatch(r"\d+(\.\d+)?[eE]\+?\d{1,2}", value) and float(value).is_integer():
+        return str(int(float(value)))
+    return value
