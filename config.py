@@ -310,6 +310,8 @@ def fit_warmup(cfg: TrainConfig, notes: list[str]) -> TrainConfig:
     if cfg.max_steps >= base.max_steps or cfg.warmup_steps != base.warmup_steps:
         return cfg
     warmup_steps = base.warmup_steps * max(cfg.max_steps, 0) // base.max_steps
+    if warmup_steps == base.warmup_steps:
+        return cfg
     notes.append(
         f"max_steps {cfg.max_steps} instead of {base.max_steps}: warm-up shrinks in proportion, "
         f"{base.warmup_steps} to {warmup_steps} steps"

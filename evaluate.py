@@ -42,15 +42,20 @@ class Evaluator:
         self.stop = stop
         self.hellaswag = hellaswag.for_training(cfg.hellaswag_limit, model, world, compute)
         self.token_bytes = token_bytes()
+        self.has_run = False  # the first call compiles
 
     @torch.no_grad()
     def __call__(self, step: int) -> dict:
         """Return val/loss (nats per token), val/bpb (bits per byte), and HellaSwag, if it is on."""
         started = time.perf_counter()
+        if self.compute.compiled and not self.has_run:
+            say(f"step {step} | evaluating, which compiles once more")
+        self.has_run = True
         loss, bits_per_byte = self.validation()
         record = {"step": step, "val/loss": loss, "val/bpb": bits_per_byte}
         line = f"step {step} | val loss {loss:.4f}"
-        line += f" | bits per byte {math.nan if bits_per_byte is None else bits_per_byte:.4f}"
+        if bits_per_byte is not None:
+            line += f" | {bits_per_byte:.4f} bits per byte"
         if self.hellaswag:
             result = self.hellaswag(self.stop.poll)
             record |= {"val/hella_norm": result["acc_norm"], "val/hella_se": result["se"]}
@@ -60,7 +65,7 @@ class Evaluator:
             )
         seconds = time.perf_counter() - started
         record["eval_ms"] = seconds * 1e3
-        say(f"{line} | {seconds:.1f} s")
+        say(f"{line} | evaluated in {seconds:.1f} s")
         return record
 
     def validation(self) -> tuple[float, float | None]:
@@ -82,13 +87,15 @@ class Evaluator:
         bits_per_byte = nats / math.log(2) / n_bytes if n_bytes else None
         return nats / tokens, bits_per_byte
 
-    def samples(self, step: int):
-        """Draw texts on rank 0, a function of (seed, step); print them, append to samples.txt."""
-        cfg = self.cfg
-        if not cfg.n_samples or not cfg.sample_tokens or self.world.rank != 0:
-            return
-        if self.model.config.vocab_size < N_VOCAB:
-            return
+    def samples(self, step: int) -> float:
+        """Draw texts on rank 0, a function of (seed, step); print them, append to samples.txt.
+
+        Returns the seconds that it took.
+        """
+        cfg, started = self.cfg, time.perf_counter()
+        draws = cfg.n_samples and cfg.sample_tokens and self.model.config.vocab_size >= N_VOCAB
+        if not draws or self.world.rank != 0:
+            return 0.0
         with self.compute.autocast():
             texts = generate.sample_texts(
                 self.model,
@@ -99,17 +106,28 @@ class Evaluator:
                 stopped=lambda: bool(self.stop.reason),
             )
         if self.stop.reason:  # interrupted half-way: the resumed run draws these samples again
-            return
+            return 0.0
         written = ""
         for i, text in enumerate(texts):
-            shown = text if "\n" not in text else f"\n{text.strip()}\n"
-            say(f"step {step} | sample {i} | {shown}")
+            say(f"step {step} | sample {i} | {shortened(text)}")
             written += f"=== step {step}, sample {i}\n{text}\n"
         try:
             with open(cfg.run_dir / "samples.txt", "a", encoding="utf-8") as f:
                 f.write(written)
         except OSError as e:
             say(f"step {step} | samples.txt not written: {one_line(e)}")
+        return time.perf_counter() - started
+
+
+def shortened(text: str, most: int = 8) -> str:
+    """Return what the console shows of a sample: its first lines, indented."""
+    lines = text.strip().splitlines()
+    if len(lines) < 2:
+        return text
+    shown = "".join(f"\n    {line}" for line in lines[:most])
+    if len(lines) > most:
+        shown += f"\n    ... {len(lines) - most} more lines in samples.txt"
+    return shown
 
 
 def bigram_loss(

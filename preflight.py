@@ -2,13 +2,18 @@
 
 import dataclasses
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 import shards
-from config import TrainConfig, as_listed, fit_warmup
+from config import TrainConfig, as_listed, as_stored, fit_warmup
+from model import GPT
 from runtime.command_line import UserError, say
+from runtime.device import Compute, autocast_dtype, peak_flops
+from runtime.memory import bytes_per_token
+from runtime.meter import duration
 from runtime.world import World, on_rank0, sum_over_ranks
 from shard_files import fingerprints, open_shards
 
@@ -18,10 +23,10 @@ class Data(NamedTuple):
     val: shards.Windows
 
 
-def check(cfg: TrainConfig, world: World) -> tuple[TrainConfig, Data]:
+def check(cfg: TrainConfig, world: World) -> tuple[TrainConfig, Data | None]:
     """Find everything that can be wrong with settings and data before anything slow starts.
 
-    Returns cfg with max_steps set from epochs, and the data.
+    Returns cfg with max_steps set from epochs, and the data; None for a dry run without any yet.
     """
     if "RANK" in os.environ and world.device.type == "cuda" and cfg.preset == "shakespeare":
         raise UserError(
@@ -31,16 +36,38 @@ def check(cfg: TrainConfig, world: World) -> tuple[TrainConfig, Data]:
     wrong, data = problems(cfg, world.world_size), None
     if cfg.T > 0 and cfg.total_batch > 0:
         try:
+            refuse_missing_data(cfg)
             data = open_data(cfg)
         except UserError as e:
-            wrong.append(str(e))
-    if data and cfg.epochs is not None:
+            if cfg.dry_run and isinstance(e, NoData):
+                say(f"data | {e}")
+            else:
+                wrong.append(str(e))
+    if cfg.epochs is not None and data is None:
+        say(f"plan | {cfg.epochs:g} epochs of data that are not there yet: not the steps below")
+    elif cfg.epochs is not None:
         cfg = set_length(cfg, data.train)
         wrong = wrong or problems(cfg, world.world_size)
     if wrong:
         raise UserError("\n       ".join(wrong))
-    describe(cfg, data, world)
+    if data:
+        describe(cfg, data, world)
     return cfg, data
+
+
+class NoData(UserError):
+    """The data of a preset have not been made yet."""
+
+
+def refuse_missing_data(cfg: TrainConfig):
+    """Raise NoData when a preset's own data are not there: the hint says how to make them."""
+    own_data = cfg.data_root == TrainConfig().data_root
+    if own_data and not any(Path(cfg.data_root).glob("*.*")):
+        raise NoData(
+            f"no shards in {cfg.data_root} yet; hint: python prepare.py fineweb-edu --sample 10BT "
+            f"--out {cfg.data_root} makes them (28.5 GB to download, 20 GB of shards), or "
+            "--data_root for others"
+        )
 
 
 def open_data(cfg: TrainConfig) -> Data:
@@ -80,7 +107,7 @@ def describe(cfg: TrainConfig, data: Data, world: World):
     say(
         f"data | {cfg.data_root} | train {train.sizes.sum():,} tokens, shards: "
         f"{len(train.shards)}, {windows:,} windows | {epochs:.2f} epochs, {cfg.data_order} order, "
-        f"{train.left_out(0).sum():,} tokens left out of the first | "
+        f"{train.left_out(0).sum():,} tokens left out of the first epoch | "
         f"val {val_tokens:,} of {val.sizes.sum():,} tokens"
     )
     fingerprint = int(fingerprints(train.shards)[-1], 16) % 2**32
@@ -89,6 +116,54 @@ def describe(cfg: TrainConfig, data: Data, world: World):
             f"the processes see different shards in {cfg.data_root}; hint: the same files on all "
             "machines, and no download going on while a run starts"
         )
+
+
+# --------------------------------------------------------------------------------------------------
+# what a run comes to
+
+ASSUMED_MFU = 0.4  # of the bf16 peak; what a GPU reaches with this code is not measured yet
+H100_FLOPS = 989e12  # dense bf16 peak of an H100 SXM (data sheet)
+
+
+def print_plan(cfg: TrainConfig, model: GPT, world: World):
+    """Print what a run would take: tokens, operations, memory, disk and time, as estimates."""
+    defaults = as_stored(TrainConfig())
+    changed = {k: v for k, v in as_stored(cfg).items() if v != defaults[k] and k != "dry_run"}
+    say(f"plan | settings: {', '.join(f'{k} {v!r}' for k, v in changed.items())}")
+    tokens = cfg.max_steps * cfg.total_batch
+    flops = tokens * model.flops_per_token(cfg.T)
+    say(
+        f"plan | {cfg.max_steps:,} steps x {cfg.total_batch:,} tokens = {tokens:,} tokens, "
+        f"{flops:.3g} FLOP"
+    )
+    if flops > 1e16:
+        say(f"plan | time: {', '.join(hours(flops, world))} (computed for {ASSUMED_MFU:.0%} MFU)")
+    if cfg.B != "auto":
+        compute = Compute(world.device, autocast_dtype(world.device, cfg.dtype), cfg.use_compile)
+        dtype = str(compute.dtype).removeprefix("torch.")
+        # weights, gradients, and two moments in float32
+        memory = 16 * model.num_params() + cfg.B * cfg.T * bytes_per_token(model, compute)
+        say(
+            f"plan | memory per process at B = {cfg.B}: about {memory / 1e9:.1f} GB "
+            f"(estimate, {dtype})"
+        )
+    checkpoint = 12 * model.num_params()  # weights and two moments
+    say(
+        f"plan | disk: {cfg.keep_last + 2} x {checkpoint / 1e9:.2f} GB of checkpoints in "
+        f"{cfg.checkpoint_dir}"
+    )
+
+
+def hours(flops: float, world: World) -> list[str]:
+    """Return how long `flops` operations take on one, four and eight H100, and on this machine."""
+    times = []
+    for n in (1, 4, 8):
+        times.append(f"{n} x H100 {duration(flops / (n * H100_FLOPS * ASSUMED_MFU))}")
+    peak = peak_flops(world.device)
+    if peak:
+        seconds = flops / (world.world_size * peak * ASSUMED_MFU)
+        times.append(f"here ({world.world_size} GPUs) {duration(seconds)}")
+    return times
 
 
 # --------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Rank 0 writes. The other ranks call the same methods, which then do nothing but 
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 
 import torch
@@ -95,9 +96,10 @@ class Records:
 
     def save(self, step: int):
         """Save a checkpoint in the background."""
+        started = time.perf_counter()
         if self.saver:
             self.saver.save(step, self.state())
-        self.meter.restart()
+        self.meter.paused("save", self.cfg.save_interval, time.perf_counter() - started)
 
     def evaluation(self, record: dict, has_checkpoint: bool):
         """Log an evaluation; with a checkpoint of the same step it may become the best one."""
@@ -107,7 +109,11 @@ class Records:
             if has_checkpoint:
                 self.saver.losses[record["step"]] = self.val_loss
             self.draw_curves()
-        self.meter.restart()
+        self.meter.paused("evaluation", self.cfg.eval_interval, record["eval_ms"] / 1e3)
+
+    def sampled(self, seconds: float):
+        """Note how long it took to draw samples."""
+        self.meter.paused("samples", self.cfg.sample_interval, seconds)
 
     def step(
         self,

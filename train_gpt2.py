@@ -30,7 +30,6 @@ if __name__ == "__main__":  # before torch is imported (2 s): --help and typos a
     run_script(lambda: from_command_line(sys.argv[1:]))
 
 import dataclasses
-import json
 import os
 import signal
 import time
@@ -47,7 +46,7 @@ import shards
 from evaluate import Evaluator
 from kernels.attention import install_cpu_attention
 from model import GPT, GPTConfig
-from preflight import Data, check
+from preflight import Data, check, print_plan
 from runtime import checkpoint
 from runtime.checkpoint import Checkpoint
 from runtime.device import (
@@ -58,6 +57,7 @@ from runtime.device import (
     use_deterministic_kernels,
 )
 from runtime.memory import fit_batch, out_of_memory
+from runtime.meter import duration
 from runtime.runlog import read_metrics
 from runtime.stop import INTERRUPTED, Stop, Stopped
 from runtime.world import World, join_world, sum_over_ranks
@@ -79,6 +79,7 @@ class Run(NamedTuple):
     records: records.Records
     start_step: int
     micro_steps: int
+    started: float  # time.perf_counter() before the set-up
 
 
 class Result(NamedTuple):
@@ -116,9 +117,8 @@ def train_loop(run: Run) -> tuple[int, bool]:
                 has_checkpoint = saves or step == run.start_step > 0
                 run.records.evaluation(run.evaluate(step), has_checkpoint)
             if last_step or (step > 0 and step % cfg.sample_interval == 0):
-                run.evaluate.samples(step)
+                run.records.sampled(run.evaluate.samples(step))
                 run.stop.poll()
-                run.records.restart_clock()
             if last_step:
                 return step, True
 
@@ -202,7 +202,7 @@ def run_stages(cfg: TrainConfig, world: World, stop: Stop) -> Result:
         return Result(model, val_loss, read_metrics(cfg.run_dir), cfg.max_steps, True)
     model = build_model(cfg, resume_from, world)
     if cfg.dry_run:
-        say(json.dumps(dataclasses.asdict(cfg), indent=1))
+        print_plan(cfg, model, world)
         return Result(model, None, [], 0, True)
     if cfg.eval_only:
         return evaluate_only(cfg, model, resume_from, data.val, world, stop)
@@ -282,6 +282,7 @@ def set_up(
     stop: Stop,
 ) -> Run:
     """Build everything between a model and the first step."""
+    started = time.perf_counter()
     optimizer = optim.build(cfg, model, autocast_dtype(world.device, cfg.dtype))
     if resume_from:
         checkpoint.restore(resume_from, model, optimizer)
@@ -325,16 +326,18 @@ def set_up(
         records=run_records,
         start_step=start_step,
         micro_steps=micro_steps,
+        started=started,
     )
 
 
 def warm_up(run: Run):
     """Compile the kernels in a pass on made-up tokens: the first step is then timed like others."""
+    if run.compute.compiled:
+        say("warm-up | compiling, once: about 20 s on a CPU, a minute or two on a GPU")
     started = time.perf_counter()
     run.compute.try_pass(run.train_model, run.cfg.B, run.cfg.T)
     run.optimizer.zero_grad(set_to_none=True)
-    compiled = ", compiled" if run.compute.compiled else ""
-    say(f"warm-up | {time.perf_counter() - started:.1f} s{compiled}")
+    say(f"warm-up | {time.perf_counter() - started:.1f} s")
     run.stop.poll()
     run.records.restart_clock()
 
@@ -348,7 +351,7 @@ def finish(run: Run, step: int, finished: bool) -> Result:
     # others after 30 s
     sum_over_ranks(torch.zeros(1))
     run.records.close(finished and saved)
-    cfg, bigram = run.cfg, run.records.bigram
+    cfg = run.cfg
     if not finished and run.stop.error:
         raise run.stop.error
     if finished and not saved:
@@ -357,16 +360,32 @@ def finish(run: Run, step: int, finished: bool) -> Result:
             "hint: make room, then the same command again"
         )
     if finished:
-        beside = f", bigram model {bigram:.4f}" if bigram else ""
-        say(
-            f"finished | val loss {run.records.val_loss:.4f}{beside} | "
-            f"curves and checkpoint in {cfg.run_dir}"
-        )
+        say_finished(run, time.perf_counter() - run.started)
     else:
         reason = run.stop.reason or "another process"
         say(f"interrupted by {reason} at step {step}{'' if saved else ' (NOT saved)'}; {TO_RESUME}")
     log = read_metrics(cfg.run_dir) if run.world.rank == 0 else []
     return Result(run.model, run.records.val_loss, log, step, finished)
+
+
+def say_finished(run: Run, seconds: float):
+    cfg, records = run.cfg, run.records
+    bigram = f" (bigram model {records.bigram:.4f})" if records.bigram else ""
+    tokens = cfg.max_steps * cfg.total_batch
+    say(
+        f"finished in {duration(seconds)} | val loss {records.val_loss:.4f}{bigram} | "
+        f"{tokens:,} tokens"
+    )
+    say(f"  curves   {cfg.run_dir / 'curves.png'}")
+    if (cfg.run_dir / "samples.txt").exists():
+        say(f"  samples  {cfg.run_dir / 'samples.txt'}")
+    model = f"--model {cfg.run_dir}"
+    prompt = "ROMEO:" if cfg.preset == "shakespeare" else cfg.sample_prompt
+    say(f'  next     python generate.py {model} --prompt "{prompt}"')
+    if cfg.preset == "shakespeare":
+        say("           python train_gpt2.py --max_steps 1000 --run_name longer")
+    else:
+        say(f"           python hellaswag.py {model}")
 
 
 # --------------------------------------------------------------------------------------------------

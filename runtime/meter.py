@@ -1,5 +1,6 @@
 """Loss, gradient norm and speed of each step: read from the device together, when a line is due."""
 
+import math
 import time
 from typing import NamedTuple
 
@@ -20,6 +21,13 @@ class Pending(NamedTuple):
     digest: int  # of this process's part of the batch
 
 
+class Pause(NamedTuple):
+    """What interrupts training every `interval` steps, and after the last one."""
+
+    interval: int
+    seconds: float  # that it took the last time
+
+
 class Meter:
     """Times steps and logs them; reads the device once for all steps since the last line."""
 
@@ -30,6 +38,7 @@ class Meter:
         self.log = log
         self.peak = peak_flops(world.device)
         self.skipped_in_a_row = 0  # steps skipped since the last good one
+        self.pauses: dict[str, Pause] = {}  # what interrupts training from time to time
         self.restart()
 
     def restart(self):
@@ -75,11 +84,23 @@ class Meter:
         last = self.pending[-1]
         say(
             f"step {last.step}/{cfg.max_steps} | loss {loss:.4f} | lr {last.lr:.2e} | "
-            f"norm {norm:.2f} | {dt * 1e3:.0f} ms | {tok_s:,.0f} tok/s"
-            f"{f' | mfu {mfu:.1%}' if mfu else ''} | "
-            f"{duration(dt * (cfg.max_steps - last.step))} left"
+            f"grad norm {norm:.2f} | {dt * 1e3:.0f} ms | {tok_s:,.0f} tok/s"
+            f"{f' | mfu {mfu:.1%}' if mfu else ''} | {duration(self.remaining(last.step, dt))} left"
         )
         self.restart()
+
+    def paused(self, name: str, interval: int, seconds: float):
+        """Note how long an evaluation, a sampling or a save took, and start the clock again."""
+        self.pauses[name] = Pause(interval, seconds)
+        self.restart()
+
+    def remaining(self, step: int, seconds_per_step: float) -> float:
+        """Estimate the seconds until the end: steps, and the pauses between them."""
+        last_step = self.cfg.max_steps
+        seconds = seconds_per_step * (last_step - step)
+        for interval, each in self.pauses.values():
+            seconds += each * (math.ceil(last_step / interval) - step // interval)
+        return seconds
 
     def record(self, step: Pending, loss: float, norm: float, healthy: bool) -> dict:
         """Return the record of a step; a skipped one is counted, printed, and has no loss."""
