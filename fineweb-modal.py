@@ -1,11 +1,12 @@
-"""FineWeb-Edu into shards on Modal: prepare.py's steps, one container for each parquet file.
+"""FineWeb-Edu into shards on Modal: the steps of prepare.py, one container per parquet file.
 
-    modal run --detach fineweb-modal.py --sample 10BT     14 files side by side; again: goes on where it was
+    modal run --detach fineweb-modal.py --sample 10BT     14 files in parallel; again: resumes
     modal volume get fineweb-edu 10BT data/fineweb-edu-10BT
 
-The coordinator runs on Modal, too, and outlives the containers it starts: with --detach this machine may go away. Each
-file's tokens are committed to the volume when they are whole, each shard likewise, and what is there is not made again.
-Needs an account (`modal setup`); tested without one, by running the functions' bodies here, so never in the cloud itself.
+The coordinator runs on Modal, too: with --detach this machine may go away. Each container writes
+the shards of its file to the volume and commits them; the coordinator lists them in manifest.json,
+and a file that is listed is not done again. Needs an account (`modal setup`). Tested without one,
+by running the functions' bodies locally, so never in the cloud itself.
 """
 
 from pathlib import Path
@@ -13,31 +14,27 @@ from pathlib import Path
 import modal
 
 import prepare
+from runtime.command_line import one_line
 
 DATA = "/data"  # where the volume is mounted
 CODE = "/root"  # where Modal puts local modules, in each container
-NEEDED = (
-    "torch",
-    "numpy",
-    "tiktoken",
-    "tqdm",
-    "tyro",
-    "safetensors",
-    "datasets",
-)  # by prepare.py and what it imports
-MODULES = ("checkpoint", "config", "distributed", "model", "prepare", "shards", "tokenizer")
+# by prepare.py and what it imports; datasets brings pyarrow and huggingface_hub
+NEEDED = ("numpy", "tiktoken", "tqdm", "tyro", "pyarrow", "huggingface_hub", "datasets")
+MODULES = ("prepare", "runtime", "shard_files", "tokenizer")
+CORES = 8
 ROOT = Path(__file__).parent
 
 
 def pins() -> list[str]:
-    """The versions in requirements.txt of what is needed; none in a container, where that file is not and pip has run."""
+    """Return the versions in requirements.txt of what is needed; none in a container."""
     lines = (ROOT / "requirements.txt").read_text().splitlines() if modal.is_local() else []
-    return [pin for line in lines if (pin := line.split("#")[0].strip()).split("==")[0] in NEEDED]
+    pins = [line.split("#")[0].strip() for line in lines]
+    return [pin for pin in pins if pin.split("==")[0] in NEEDED]
 
 
 app = modal.App("fineweb-edu")
 volume = modal.Volume.from_name("fineweb-edu", create_if_missing=True)
-# the merge table beside the modules, as in the repository: tokenizer.py looks for data/ beside itself
+# the merge table beside the modules, as in the repository: tokenizer.py looks for data/ there
 image = (
     modal.Image.debian_slim(python_version="3.12")
     .pip_install(*pins())
@@ -45,51 +42,43 @@ image = (
     .add_local_python_source(*MODULES)
 )
 retries = modal.Retries(max_retries=8, initial_delay=10.0, backoff_coefficient=2.0, max_delay=60.0)
+settings = {"image": image, "volumes": {DATA: volume}, "retries": retries}
 
 
-# A file has 720M tokens: 3 min to tokenise at 0.5M tokens a second and core, and 2 GB to download. Two hours are for slow days.
-@app.function(
-    image=image, volumes={DATA: volume}, cpu=8.0, memory=4096, timeout=2 * 3600, retries=retries
-)
-def tokenise(plan: dict, i: int, folder: str, source: str = "") -> dict:
-    """Input file i of a plan into a part on the volume; returns its entry of the manifest."""
-    plan = prepare.Plan(**plan)
-    path = prepare.fetch(plan, i, "/tmp", source)
-    entry = prepare.make_part(plan, i, path, folder)
+# A file has 2 GB and 720M tokens: some minutes. Two hours are for slow days.
+@app.function(**settings, cpu=float(CORES), memory=4096, timeout=2 * 3600)
+def tokenize(job: prepare.Job, i: int, source: str = "") -> tuple[int, dict, list[dict]]:
+    """Write the shards of input file i to the volume; return the arguments of job.add()."""
+    path = prepare.fetch(job, i, "/tmp", source)
+    entries = prepare.tokenize_input(job, i, path, CORES)
     volume.commit()
-    return entry
+    return entries
 
 
-# 24 h, the longest that Modal allows: it waits for all files, then copies 20 GB from parts to shards.
-@app.function(image=image, volumes={DATA: volume}, memory=2048, timeout=24 * 3600, retries=retries)
-def coordinate(folder: str, settings: dict):
-    """Have all files tokenised that are not yet, and lay the shards out. The same again goes on after what is there."""
+@app.function(**settings, memory=1024, timeout=6 * 3600)  # waits for the slowest file
+def coordinate(folder: str, data: prepare.Dataset, source: str = ""):
+    """Have all files tokenized that are not listed in manifest.json yet, and list them."""
     volume.reload()
-    plan = prepare.make_plan(folder, **settings)
-    needed = [i for i, entry in enumerate(prepare.survey(plan, folder)[1]) if entry is None]
-    volume.commit()  # the plan
-    jobs = [(plan._asdict(), i, folder, settings.get("source", "")) for i in needed]
+    job = prepare.begin(folder, data, source)
+    volume.commit()
+    calls = [(job, i, source) for i in job.todo()]
     failed = []
-    for done in tokenise.starmap(
-        jobs, order_outputs=False, return_exceptions=True, wrap_returned_exceptions=False
+    for result in tokenize.starmap(
+        calls, order_outputs=False, return_exceptions=True, wrap_returned_exceptions=False
     ):
-        if isinstance(done, Exception):  # the other files go on
-            failed.append(prepare.one_line(done))
-        print(
-            failed[-1]
-            if isinstance(done, Exception)
-            else f"{done['name']}: {done['tokens']:,} tokens",
-            flush=True,
-        )
-    volume.reload()
-    shards = prepare.lay_out(plan, folder, after=volume.commit)
-    volume.commit()
+        if isinstance(result, Exception):  # the other files continue
+            failed.append(one_line(result))
+            print(failed[-1], flush=True)
+            continue
+        job.add(*result)
+        volume.commit()
+        print(f"{result[1]['name']}: {result[1]['tokens']:,} tokens", flush=True)
     if failed:
         raise RuntimeError(
-            f"{len(failed)} of {len(needed)} files failed, the first with {failed[0]}; hint: run this again, "
-            "it goes on with them"
+            f"{len(failed)} of {len(calls)} files failed, the first with {failed[0]}; "
+            "hint: run this again, it resumes with them"
         )
-    print(prepare.summary(shards), flush=True)
+    print(prepare.summary(job.records()), flush=True)
 
 
 @app.local_entrypoint()
@@ -100,10 +89,9 @@ def main(
     text_field: str = "text",
     revision: str = "",
 ):
-    """The settings of `prepare.py fineweb-edu`, in the same meaning; the folder on the volume is named after the subset."""
-    folder = (config or (sample if dataset == prepare.FINEWEB_EDU else dataset)).replace("/", "-")
-    settings = dict(
-        sample=sample, dataset=dataset, config=config, text_field=text_field, revision=revision
-    )
-    coordinate.remote(f"{DATA}/{folder}", settings)
+    """Run with settings of `prepare.py fineweb-edu`; the folder is named after the subset."""
+    folder = config or (sample if dataset == prepare.FINEWEB_EDU else dataset)
+    folder = folder.replace("/", "-")
+    data = prepare.Dataset(sample, dataset, config, text_field, revision)
+    coordinate.remote(f"{DATA}/{folder}", data)
     print(f"modal volume get fineweb-edu {folder} data/{folder}")

@@ -1,23 +1,29 @@
-"""Token shards on disk: open, check, compare with manifest.json.
+"""Token shards on disk: write, open, check, compare with manifest.json.
 
 A shard is a file of uint16 token ids: `*_train_*.npy` / `*_val_*.npy` (as build-nanogpt and
 prepare.py write them) or `.bin` in the format of llm.c (256 int32 of header: magic 20240520,
-version 1, count; then the ids).
+version 1, count; then the ids). manifest.json lists the shards of a directory and their sources; it
+is written after them. While it says `complete: false`, shards that it does not list do not count.
 """
 
 import hashlib
+import io
+import itertools
 import json
 import os
 import re
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from runtime.command_line import UserError, one_line
+from runtime.files import atomic, write_json
 from tokenizer import EOT
 
+FORMAT = 1  # of manifest.json
 BIN_MAGIC = 20240520  # llm.c's
 BIN_HEADER = 1024  # bytes: 256 int32
 RESTORE_HINT = "hint: restore the shard, then run the same command to resume"
@@ -85,16 +91,18 @@ def read_npy_header(f) -> tuple[int, int]:
 
 
 def open_shards(root: str, split: str, T: int, wrong: list[str] | None = None) -> list[Shard]:
-    """Return the shards of a split ("train" or "val") in name order, headers and sizes checked.
+    """Return the shards of a split ("train" or "val") in name order.
 
-    They are checked against manifest.json, too, if there is one; while prepare.py is still adding
-    files to a directory, only those that the manifest lists so far are taken. Raises UserError
+    Their headers and sizes are checked, and compared with manifest.json, if there is one; while
+    prepare.py is still adding files to a directory, only those that the manifest lists so far are
+    taken. A shard without a window of T + 1 tokens is wrong, unless the manifest lists it (each
+    input file of prepare.py ends in a shard of any length): then it is left out. Raises UserError
     listing all that is wrong; given a list `wrong`, it appends that to the list and returns the
     valid shards.
     """
     manifest = read_manifest(root)
     listed = {s["file"]: s for s in manifest.get("shards", ()) if s["split"] == split}
-    shards, problems = [], []
+    shards, problems, short = [], [], []
     for path in shard_paths(root, split):
         if path.name not in listed and not manifest.get("complete", True):
             continue
@@ -106,13 +114,19 @@ def open_shards(root: str, split: str, T: int, wrong: list[str] | None = None) -
                     f"manifest.json says {entry.get('tokens', 'no such shard')}, "
                     f"on disk {shard.tokens}"
                 )
-            if shard.tokens <= T:
-                raise ValueError(f"{shard.tokens} tokens, fewer than a window of T + 1 = {T + 1}")
-            shards.append(shard)
+            if shard.tokens > T:
+                shards.append(shard)
+                continue
+            length = f"{shard.tokens} tokens, fewer than a window of T + 1 = {T + 1}"
+            if not entry:
+                raise ValueError(length)
+            short.append(f"{path}: {length}")
         except (ValueError, OSError, KeyError, EOFError) as e:
             problems.append(f"{path}: {e}")
     for name in listed:
         problems.append(f"{os.path.join(root, name)}: in manifest.json, but not there")
+    if not shards:
+        problems += short
     if not shards and not problems:
         raise UserError(
             f"no {split} shards (*{split}*.npy or .bin) in {root}; "
@@ -129,7 +143,10 @@ def open_shards(root: str, split: str, T: int, wrong: list[str] | None = None) -
 
 
 def shard_paths(root: str, split: str) -> list[Path]:
-    """List the files with the split as a word in their name. UserError for two kinds."""
+    """Return the files with the split as a word in their name, in order.
+
+    Raises UserError when there are two kinds.
+    """
     word = re.compile(rf"(?<![a-z]){split}(?![a-z])")  # not retrie[val]
     files = (p for p in Path(root).glob("*") if p.suffix in (".npy", ".bin"))
     paths = sorted(p for p in files if word.search(p.name))
@@ -221,3 +238,94 @@ def sampled_hash(shard: Shard) -> str:
             f.seek(place)
             digest.update(f.read(4096))
     return digest.hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------
+# writing
+
+
+class ShardWriter:
+    """Tokens in, shards of shard_tokens tokens out; only the last one may be shorter.
+
+    Holds one shard in memory, 0.2 GB for 100M tokens. `names` gives the files' names in turn;
+    `records` has a manifest entry for each file written, which is complete then.
+    """
+
+    def __init__(self, folder: str | Path, names: Iterator[str], shard_tokens: int):
+        self.folder = Path(folder)
+        self.names = names
+        self.shard_tokens = shard_tokens
+        self.records: list[dict] = []
+        self.parts: list[np.ndarray] = []  # of the next shard
+        self.count = 0  # tokens in them
+
+    def write(self, tokens: np.ndarray):
+        """Append tokens (uint16, <|endoftext|> before each document) to this shard and the next."""
+        while len(tokens):
+            part = tokens[: self.shard_tokens - self.count]
+            self.parts.append(part)
+            self.count += len(part)
+            if self.count == self.shard_tokens:
+                self.close()
+            tokens = tokens[len(part) :]
+
+    def close(self):
+        """Write the tokens at hand as a shard, atomically; nothing when there are none."""
+        if not self.parts:
+            return
+        path = self.folder / next(self.names)
+        header = io.BytesIO()
+        shape = {"descr": "<u2", "fortran_order": False, "shape": (self.count,)}
+        np.lib.format.write_array_header_1_0(header, shape)
+        digest = hashlib.sha256()
+        with atomic(path) as temporary, open(temporary, "wb") as f:
+            for part in [header.getvalue(), *self.parts]:
+                f.write(part)
+                digest.update(part)
+        record = {
+            "file": path.name,
+            "split": "val" if "_val_" in path.name else "train",
+            "tokens": self.count,
+            "documents": sum(int((part == EOT).sum()) for part in self.parts),
+            "sha256": digest.hexdigest(),
+        }
+        self.records.append(record)
+        self.parts = []
+        self.count = 0
+
+
+def shard_names(name: str, split: str) -> Iterator[str]:
+    """Yield NAME_SPLIT_000000.npy, NAME_SPLIT_000001.npy and so on."""
+    for number in itertools.count():
+        yield f"{name}_{split}_{number:06d}.npy"
+
+
+def write_manifest(root: str | Path, shards: list[dict], sources: list[dict], **more):
+    """Write manifest.json: a directory that has one is complete, unless it says complete: false."""
+    content = {"format": FORMAT, "tokenizer": "gpt2", "shards": shards, "sources": sources}
+    write_json(Path(root) / "manifest.json", content | more)
+
+
+def is_whole(root: str | Path, record: dict) -> bool:
+    """Return whether the shard of a manifest entry exists, with as many tokens as it says."""
+    try:
+        return open_shard(os.path.join(root, record["file"])).tokens == record["tokens"]
+    except (OSError, ValueError):
+        return False
+
+
+def refuse_occupied(root: str | Path, replaceable: Iterable[str] = ()):
+    """Raise UserError when root is a file, or holds shards or a manifest, not all replaceable."""
+    if os.path.exists(root) and not os.path.isdir(root):
+        raise UserError(f"{root} is a file; hint: --out a new directory")
+    names = sorted(os.listdir(root)) if os.path.isdir(root) else []
+    occupied = [
+        name for name in names if name == "manifest.json" or name.endswith((".npy", ".bin"))
+    ]
+    occupied = [name for name in occupied if name not in replaceable]
+    if occupied:
+        more = ", ..." if len(occupied) > 3 else ""
+        raise UserError(
+            f"{root} already holds {', '.join(occupied[:3])}{more}, never overwritten; "
+            "hint: --out a new directory, or remove the old shards first"
+        )

@@ -1,4 +1,4 @@
-"""FineWeb-Edu on Modal, without an account: the app as the real package builds it, and its functions' bodies run here.
+"""FineWeb-Edu on Modal, without an account: the real app object; its functions' bodies run here.
 
     python -m pytest tests/test_fineweb_modal.py
 
@@ -6,14 +6,12 @@ The cloud itself (containers, volume, schedules) is not part of these tests.
 """
 
 import importlib.util
-import subprocess
-import sys
 import types
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from test_prepare import INPUTS, SHARD, fineweb, listing, source  # noqa: F401  the last one is a fixture
+from conftest import ROOT, run
+from test_prepare import INPUTS, SMALL, fineweb, listing, read_manifest, source  # noqa: F401
 
 import prepare
 
@@ -36,7 +34,7 @@ def inner(thing):
 
 
 def sent(function: modal.Function) -> dict:
-    """The settings that a function's loader will send; those beyond `_spec_` are kept nowhere else."""
+    """The settings that a function's loader will send; those beyond `_spec_` are only here."""
     load = inner(function)._load
     return dict(zip(load.__code__.co_freevars, (cell.cell_contents for cell in load.__closure__)))
 
@@ -44,44 +42,30 @@ def sent(function: modal.Function) -> dict:
 def test_the_app_is_what_its_docstring_says(script):
     assert isinstance(script.app, modal.App) and script.app.name == "fineweb-edu"
     assert isinstance(script.image, modal.Image) and isinstance(script.volume, modal.Volume)
-    assert set(script.app._local_state.functions) == {"tokenise", "coordinate"}
+    assert set(script.app._local_state.functions) == {"tokenize", "coordinate"}
     assert set(script.app._local_state.local_entrypoints) == {"main"}
-    for function in (script.tokenise, script.coordinate):
-        spec, settings = function._spec_, sent(function)
-        assert (
-            spec.image is inner(script.image)
-            and spec.volumes == {"/data": inner(script.volume)}
-            and not spec.gpus
-        )
-        assert (
-            settings["retry_policy"].retries == 8
-            and settings["retry_policy"].initial_delay_ms == 10_000
-        )
-    assert (script.tokenise._spec_.cpu, script.tokenise._spec_.memory) == (8.0, 4096)
-    assert (
-        sent(script.coordinate)["timeout"]
-        == 24 * 3600
-        > sent(script.tokenise)["timeout"]
-        == 2 * 3600
-    )
+    for function in (script.tokenize, script.coordinate):
+        spec, retries = function._spec_, sent(function)["retry_policy"]
+        assert spec.image is inner(script.image) and not spec.gpus
+        assert spec.volumes == {"/data": inner(script.volume)}
+        assert retries.retries == 8 and retries.initial_delay_ms == 10_000
+    assert (script.tokenize._spec_.cpu, script.tokenize._spec_.memory) == (8.0, 4096)
+    assert sent(script.tokenize)["timeout"] == 2 * 3600
+    assert sent(script.coordinate)["timeout"] == 6 * 3600
 
 
 def test_the_image_has_what_prepare_imports_in_the_versions_of_requirements(script, monkeypatch):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import prepare; print(*sys.modules)"
-    loaded = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=True
-    ).stdout.split()
-    assert {p.stem for p in ROOT.glob("*.py")} & set(loaded) == set(script.MODULES)
-    assert [pin.split("==")[0] for pin in script.pins()] == list(script.NEEDED) and all(
-        "==" in p for p in script.pins()
-    )
-    assert set(script.pins()) <= {
-        line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()
-    }
-    third = {
-        name for name in script.NEEDED if name != "datasets"
-    }  # which brings pyarrow and huggingface_hub
-    assert third <= set(loaded)
+    loaded = set(run("-c", code, cwd="/").stdout.split())
+    own = {path.stem for path in ROOT.glob("*.py")} | {"runtime"}
+    assert own & loaded == set(script.MODULES)
+    assert not {"torch", "safetensors"} & loaded
+    names = [pin.split("==")[0] for pin in script.pins()]
+    lines = [line.split("#")[0] for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    assert all("==" in pin for pin in script.pins())
+    assert set(script.pins()) <= {line.strip() for line in lines}
+    assert {"numpy", "tiktoken", "tqdm", "tyro"} <= loaded & set(names)
+    assert "datasets" in names or {"pyarrow", "huggingface_hub"} <= set(names)
     monkeypatch.setattr(modal, "is_local", lambda: False)
     monkeypatch.setattr(script, "ROOT", Path("/nowhere"))
     assert script.pins() == []  # in a container
@@ -89,90 +73,78 @@ def test_the_image_has_what_prepare_imports_in_the_versions_of_requirements(scri
 
 @pytest.fixture
 def cloud(script, monkeypatch):
-    """The script with a volume that records, and containers that run here one after another, the last file first."""
-    script.events, script.faults, script.folders = [], set(), []
-    record = lambda name: lambda: script.events.append(name)
-    monkeypatch.setattr(
-        script, "volume", types.SimpleNamespace(commit=record("commit"), reload=record("reload"))
-    )
-    tokenise = script.tokenise
+    """The script with a volume that records, and containers that run here, the last file first."""
+    script.events, script.faults = [], set()
 
-    def starmap(jobs, order_outputs, return_exceptions, wrap_returned_exceptions):
-        assert return_exceptions and not order_outputs
-        for job in reversed(jobs):
-            script.events.append(job[1])
+    def commit():
+        script.events.append("commit")
+
+    def reload():
+        script.events.append("reload")
+
+    def starmap(calls, order_outputs, return_exceptions, wrap_returned_exceptions):
+        assert return_exceptions and not order_outputs and not wrap_returned_exceptions
+        for call in reversed(calls):
+            script.events.append(call[1])
             try:
-                if job[1] in script.faults:
+                if call[1] in script.faults:
                     raise ConnectionError("container lost")
-                yield tokenise.local(*job)
+                yield tokenize.local(*call)
             except Exception as e:
                 yield e
 
-    monkeypatch.setattr(script, "tokenise", types.SimpleNamespace(starmap=starmap))
+    tokenize = script.tokenize
+    monkeypatch.setattr(script, "volume", types.SimpleNamespace(commit=commit, reload=reload))
+    monkeypatch.setattr(script, "tokenize", types.SimpleNamespace(starmap=starmap))
     return script
 
 
+def files_tokenized(cloud) -> list[int]:
+    return [event for event in cloud.events if isinstance(event, int)]
+
+
 def test_the_bodies_make_the_shards_of_prepare(cloud, source, tmp_path, capsys):  # noqa: F811
+    """A container commits its shards, then the coordinator the manifest."""
     expected = fineweb(tmp_path / "whole", source)
-    cloud.coordinate.local(str(tmp_path / "out"), dict(source=source, shard_tokens=SHARD))
+    cloud.coordinate.local(str(tmp_path / "out"), SMALL, source)
     assert listing(tmp_path / "out") == expected
-    assert cloud.events[:10] == [
-        "reload",
-        "commit",
-        3,
-        "commit",
-        2,
-        "commit",
-        1,
-        "commit",
-        0,
-        "commit",
-    ]  # one per file
-    assert (
-        cloud.events[10] == "reload"
-        and cloud.events.count("commit") == 1 + len(INPUTS) + (len(expected) - 1) + 1
-    )
+    events = ["reload", "commit"]
+    for i in reversed(range(len(INPUTS))):
+        events += [i, "commit", "commit"]
+    assert cloud.events == events
     assert f"{list(INPUTS)[0]}: " in capsys.readouterr().out
 
 
 def test_a_coordinator_run_again_does_only_what_is_missing(cloud, source, tmp_path):  # noqa: F811
-    expected, out, settings = (
-        fineweb(tmp_path / "whole", source),
-        str(tmp_path / "out"),
-        dict(source=source, shard_tokens=SHARD),
-    )
+    expected, out = fineweb(tmp_path / "whole", source), tmp_path / "out"
     cloud.faults = {1}
-    with pytest.raises(
-        RuntimeError,
-        match="1 of 4 files failed, the first with ConnectionError: container lost; hint: run",
-    ):
-        cloud.coordinate.local(out, settings)
-    first = [name for name in listing(tmp_path / "out") if name.endswith(".npy")]
-    assert (
-        first and listing(tmp_path / "out")[first[0]] == expected[first[0]]
-    )  # of the first file, whole already
+    message = "1 of 4 files failed, the first with ConnectionError: container lost; hint: run"
+    with pytest.raises(RuntimeError, match=message):
+        cloud.coordinate.local(str(out), SMALL, source)
+    shards = {name for name in expected if name.endswith(".npy") and "_001" not in name}
+    assert {name: listing(out)[name] for name in shards} == {n: expected[n] for n in shards}
+    assert {shard["file"] for shard in read_manifest(out)["shards"]} == shards
+    assert read_manifest(out)["complete"] is False
     cloud.faults, cloud.events = set(), []
-    cloud.coordinate.local(out, settings)
-    assert [e for e in cloud.events if isinstance(e, int)] == [1] and listing(
-        tmp_path / "out"
-    ) == expected
+    cloud.coordinate.local(str(out), SMALL, source)
+    assert files_tokenized(cloud) == [1] and listing(out) == expected
     cloud.events = []
-    cloud.coordinate.local(out, settings)
-    assert [e for e in cloud.events if isinstance(e, int)] == [] and listing(
-        tmp_path / "out"
-    ) == expected
+    cloud.coordinate.local(str(out), SMALL, source)
+    assert files_tokenized(cloud) == [] and listing(out) == expected
 
 
 def test_the_command_hands_its_settings_on(cloud, monkeypatch, capsys):
-    monkeypatch.setattr(
-        cloud, "coordinate", types.SimpleNamespace(remote=lambda *a: cloud.folders.append(a))
-    )
+    calls = []
+
+    def remote(*arguments):
+        calls.append(arguments)
+
+    monkeypatch.setattr(cloud, "coordinate", types.SimpleNamespace(remote=remote))
     main = cloud.main.info.raw_f
     main(sample="100BT")
     main(dataset="somebody/texts", text_field="body")
-    assert [folder for folder, _ in cloud.folders] == ["/data/100BT", "/data/somebody-texts"]
-    assert (
-        cloud.folders[0][1].items()
-        >= dict(sample="100BT", dataset=prepare.FINEWEB_EDU, text_field="text").items()
-    )
+    assert calls == [
+        ("/data/100BT", prepare.Dataset(sample="100BT")),
+        ("/data/somebody-texts", prepare.Dataset(dataset="somebody/texts", text_field="body")),
+    ]
     assert "modal volume get fineweb-edu 100BT data/100BT" in capsys.readouterr().out

