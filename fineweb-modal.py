@@ -18,8 +18,8 @@ from runtime.command_line import one_line
 
 DATA = "/data"  # where the volume is mounted
 CODE = "/root"  # where Modal puts local modules, in each container
-# by prepare.py and what it imports; datasets brings pyarrow and huggingface_hub
-NEEDED = ("numpy", "tiktoken", "tqdm", "tyro", "pyarrow", "huggingface_hub", "datasets")
+# by prepare.py and what it imports
+NEEDED = ("numpy", "tiktoken", "tqdm", "tyro", "pyarrow", "huggingface_hub")
 MODULES = ("prepare", "runtime", "shard_files", "tokenizer")
 CORES = 8
 ROOT = Path(__file__).parent

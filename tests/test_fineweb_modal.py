@@ -65,7 +65,7 @@ def test_the_image_has_what_prepare_imports_in_the_versions_of_requirements(scri
     assert all("==" in pin for pin in script.pins())
     assert set(script.pins()) <= {line.strip() for line in lines}
     assert {"numpy", "tiktoken", "tqdm", "tyro"} <= loaded & set(names)
-    assert "datasets" in names or {"pyarrow", "huggingface_hub"} <= set(names)
+    assert {"pyarrow", "huggingface_hub"} <= set(names)
     monkeypatch.setattr(modal, "is_local", lambda: False)
     monkeypatch.setattr(script, "ROOT", Path("/nowhere"))
     assert script.pins() == []  # in a container
