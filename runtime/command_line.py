@@ -1,10 +1,12 @@
 """What all scripts share on the command line: messages, errors in one line, one way to parse."""
 
+import contextlib
 import dataclasses
 import difflib
 import inspect
 import os
 import re
+import subprocess
 import sys
 import typing
 from collections.abc import Callable, Iterable
@@ -52,7 +54,20 @@ def run_script(main: Callable[[], None]):
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" (rank {rank})"
         print(f"error{where}: {e}", file=sys.stderr, flush=True)
+        if rank == "0":
+            repeat_after_torchrun(f"error: {e}")
         sys.exit(2)
+
+
+def repeat_after_torchrun(message: str):
+    """Print a message again after torchrun has ended: its own report is 40 lines long."""
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    if restarts is None or restarts != os.environ.get("TORCHELASTIC_MAX_RESTARTS"):
+        return  # not under torchrun, or it will try again
+    wait = 'while kill -0 "$1" 2>/dev/null; do sleep 0.1; done; printf "\\n%s\\n" "$2" >&2'
+    command = ["sh", "-c", wait, "sh", str(os.getppid()), message]
+    with contextlib.suppress(OSError):  # no shell
+        subprocess.Popen(command, start_new_session=True)
 
 
 # --------------------------------------------------------------------------------------------------
