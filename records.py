@@ -333,8 +333,8 @@ def data_of_run(windows: shards.Windows, fingerprint: str) -> shards.Windows | N
     known = shard_files.fingerprints(windows.shards)
     if fingerprint not in known:
         return None
-    shards = windows.shards[: known.index(fingerprint) + 1]
-    return shards.Windows(shards, windows.T, windows.data_order, windows.seed, windows.vocab_size)
+    first = windows.shards[: known.index(fingerprint) + 1]
+    return shards.Windows(first, windows.T, windows.data_order, windows.seed, windows.vocab_size)
 
 
 def mark_finished(cfg: TrainConfig, val_loss: float):
