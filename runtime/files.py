@@ -1,5 +1,6 @@
 """Files that are complete or absent: atomic writing, fsync, SHA-256."""
 
+import glob
 import hashlib
 import json
 import os
@@ -14,11 +15,12 @@ def atomic(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path, which is renamed to `path` once its content is on the disk.
 
     For a file or a directory of files. After a crash `path` is the old one or the new one. When the
-    block raises, the temporary one is deleted and `path` stays as it was.
+    block raises, the temporary one is deleted and `path` stays as it was. Several processes may
+    write the same path: the last one to finish wins.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    remove(temporary)  # left over by a process that was killed
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    remove_leftovers(path)
     try:
         yield temporary
         if temporary.is_dir():
@@ -30,6 +32,25 @@ def atomic(path: str | Path) -> Iterator[Path]:
         remove(temporary)
         raise
     fsync(path.parent)
+
+
+def remove_leftovers(path: Path):
+    """Delete what processes that were killed while writing `path` have left."""
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        pid = temporary.name.split(".")[-2]
+        if pid.isdigit() and (int(pid) == os.getpid() or not is_running(int(pid))):
+            remove(temporary)
+
+
+def is_running(pid: int) -> bool:
+    """Tell whether a process of this number exists on this machine."""
+    try:
+        os.kill(pid, 0)  # signal 0 only asks
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
 
 
 def remove(path: Path):
