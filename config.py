@@ -269,7 +269,7 @@ def build(name: str, changes: dict) -> tuple[TrainConfig, list[str]]:
 
     A run made shorter keeps its share of warm-up, unless warmup_steps is among the changes.
     """
-    fields = [f.name for f in dataclasses.fields(TrainConfig)]
+    fields = [f.name for f in dataclasses.fields(TrainConfig) if f.name != "preset"]
     unknown = [key for key in changes if key not in fields]
     if unknown:
         raise UserError(
