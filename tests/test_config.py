@@ -1,0 +1,139 @@
+"""The laws of config.py: presets are complete, mistakes are named, what may change on resuming.
+
+python -m pytest tests/test_config.py
+"""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from config import (
+    FREE_ON_RESUME,
+    NOT_NEGATIVE,
+    POSITIVE,
+    PRESETS,
+    TrainConfig,
+    as_stored,
+    differences,
+    from_command_line,
+    preset,
+    problems,
+)
+from runtime.command_line import UserError
+
+FIELDS = {field.name for field in dataclasses.fields(TrainConfig)}
+
+CHANGES = [
+    {},
+    {"max_steps": 100},
+    {"max_steps": 100, "warmup_steps": 7},
+    {"max_steps": 40_000},
+    {"epochs": 2.5},
+    {"max_lr": 1e-3},
+    {"max_lr": 1e-3, "min_lr": 0.0},
+    {"T": 512, "B": "auto"},
+    {"T": 512, "block_size": 4096},
+    {"betas": (0.8, 0.9), "run_name": "mine", "use_compile": False},
+]
+
+
+def as_options(changes: dict) -> list[str]:
+    """Return settings as words of the command line."""
+    words = []
+    for name, value in changes.items():
+        values = value if isinstance(value, tuple) else (value,)
+        words += [f"--{name}", *map(str, values)]
+    return words
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_with_changes_is_what_the_command_line_gives(name, changes):
+    assert preset(name, **changes) == from_command_line([name, *as_options(changes)])[0]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_complete_and_pass_the_check(name):
+    """Nothing that follows from other settings is left open, and nothing is wrong."""
+    cfg = preset(name)
+    assert cfg.preset == cfg.run_name == name
+    assert cfg.block_size == cfg.T
+    assert cfg.min_lr == (0.0 if cfg.optimizer == "muon" else pytest.approx(cfg.max_lr / 10))
+    assert [field for field in FIELDS if getattr(cfg, field) is None] in ([], ["epochs"])
+    assert problems(cfg, world_size=1) == []
+
+
+def test_what_follows_from_other_settings_follows_the_changes():
+    """A shorter run keeps its share of warm-up, unless it is given; steps replace epochs."""
+    cfg, notes = from_command_line(["gpt2-rope", "--max_steps", "1907"])
+    assert cfg.warmup_steps == 285 * 1907 // 19073
+    assert len(notes) == 1
+    assert "max_steps 1907 instead of 19073" in notes[0]
+    assert "285 to 28 steps" in notes[0]
+    assert preset("gpt2-rope", max_steps=1907, warmup_steps=285).warmup_steps == 285
+    assert preset("gpt2-rope", max_steps=40_000).warmup_steps == 285
+    assert preset("gpt2-rope-t2048").epochs == 4
+    assert preset("gpt2-rope-t2048", max_steps=7).epochs is None
+    assert preset("gpt2-rope", max_lr=1e-3).min_lr == pytest.approx(1e-4)
+    assert preset("gpt2-rope", T=512).block_size == 512
+
+
+def test_unknown_names_are_refused_with_near_ones():
+    """Settings, options and presets; all unknown settings at once."""
+    for mistake, words in (
+        (lambda: preset("gpt2-rop"), "no preset 'gpt2-rop'; hint: did you mean gpt2-rope"),
+        (lambda: preset("gpt2-rope", max_step=3), "no setting max_step: did you mean max_steps"),
+        (lambda: preset("gpt2-rope", zzzz=3), "no setting zzzz: one of n_layer, n_head, "),
+        (lambda: preset("gpt2-rope", preset="gpt2-swiglu"), "no setting preset"),
+        (lambda: from_command_line(["gpt2-rop"]), "gpt2-rope"),
+        (lambda: from_command_line(["--max_step", "3"]), "no option --max_step: .* max_steps"),
+    ):
+        with pytest.raises(UserError, match=words):
+            mistake()
+    with pytest.raises(UserError, match="no setting max_l: .*max_lr.*; no setting sed: .*seed"):
+        preset("gpt2-rope", max_l=3, sed=1)
+
+
+def test_epochs_and_steps_are_not_both_given():
+    for mistake in (
+        lambda: preset("gpt2-rope", epochs=2.0, max_steps=7),
+        lambda: from_command_line(["gpt2-rope", "--epochs", "2", "--max_steps", "7"]),
+    ):
+        with pytest.raises(UserError, match="epochs 2 and max_steps 7 both .*hint: give one"):
+            mistake()
+
+
+def test_directories_of_a_run():
+    cfg = preset("gpt2-rope")
+    assert cfg.run_dir == Path("log/gpt2-rope")
+    assert cfg.checkpoint_dir == Path("log/gpt2-rope/ckpt")
+    cfg = preset("gpt2-rope", log_dir="/data/log", run_name="a", ckpt_dir="/data/ckpt")
+    assert cfg.run_dir == Path("/data/log/a")
+    assert cfg.checkpoint_dir == Path("/data/ckpt")
+
+
+def test_lists_of_settings_name_settings():
+    assert set(POSITIVE) | set(NOT_NEGATIVE) | FREE_ON_RESUME <= FIELDS
+    assert not set(POSITIVE) & set(NOT_NEGATIVE)
+
+
+def test_what_may_change_when_a_run_is_resumed():
+    """All that decides the result is listed with both values, the rest is not.
+
+    Steps computed from the same epochs may differ: the data may have grown.
+    """
+    cfg = preset("gpt2-rope")
+    stored = as_stored(cfg)
+    assert differences(cfg, stored) == ""
+    assert differences(preset("gpt2-rope", B=8, device="cpu", keep_last=9), stored) == ""
+    changed = differences(preset("gpt2-rope", max_lr=1e-3, seed=7), stored)
+    assert changed == "max_lr 0.0018 -> 0.001, min_lr 0.00018 -> 0.0001, seed 42 -> 7"
+    assert "preset gpt2-rope -> gpt2-swiglu" in differences(preset("gpt2-swiglu"), stored)
+    del stored["arch"]  # an older version did not know it
+    assert differences(cfg, stored) == ""
+
+    by_epochs = preset("gpt2-rope-t2048")
+    grown = dataclasses.replace(by_epochs, max_steps=5, warmup_steps=1)
+    assert differences(grown, as_stored(by_epochs)) == ""
+    assert "epochs 4 -> 3" in differences(preset("gpt2-rope-t2048", epochs=3), as_stored(by_epochs))

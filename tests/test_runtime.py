@@ -1,0 +1,402 @@
+"""The laws of runtime/ that need no training run: files, signals, torch's settings, messages.
+
+    python -m pytest tests/test_runtime.py
+
+Interrupted and resumed runs are in test_train.py and test_faults.py.
+"""
+
+import contextlib
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+
+import pytest
+import torch
+from conftest import ROOT
+from test_shards import world
+
+from runtime import command_line
+from runtime.command_line import UserError, near, one_line, say
+from runtime.device import torch_settings_restored, use_deterministic_kernels
+from runtime.files import atomic, sha256, write_json
+from runtime.memory import out_of_memory
+from runtime.stop import SIGNALS, Stop, Stopped
+
+# --------------------------------------------------------------------------------------------------
+# files
+
+
+class Crash(BaseException):
+    """Not an Exception, as KeyboardInterrupt is none."""
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_an_atomic_file_is_complete_or_absent(tmp_path):
+    path = tmp_path / "a.txt"
+    with atomic(path) as temporary:
+        temporary.write_text("new")
+        assert not path.exists()
+        assert temporary.parent == tmp_path  # a rename needs the same file system
+    assert path.read_text() == "new"
+    assert names(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("old", ["old", None])
+@pytest.mark.parametrize("error", [Crash, OSError])
+def test_a_crash_leaves_the_old_file_and_no_temporary_one(tmp_path, old, error):
+    path = tmp_path / "a.txt"
+    if old:
+        path.write_text(old)
+    with pytest.raises(error), atomic(path) as temporary:
+        temporary.write_text("half")
+        raise error
+    assert names(tmp_path) == (["a.txt"] if old else [])
+    if old:
+        assert path.read_text() == old
+
+
+def test_a_block_that_writes_nothing_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(FileNotFoundError), atomic(path):
+        pass
+    assert path.read_text() == "old"
+
+
+def test_an_atomic_directory_is_complete_or_absent(tmp_path):
+    """Also when its writer crashes; one that exists and holds files is not replaced."""
+    path = tmp_path / "step"
+    with pytest.raises(Crash), atomic(path) as temporary:
+        temporary.mkdir()
+        (temporary / "a").write_text("half")
+        raise Crash
+    assert names(tmp_path) == []
+    with atomic(path) as temporary:
+        temporary.mkdir()
+        (temporary / "a").write_text("whole")
+    assert names(path) == ["a"]
+    with pytest.raises(OSError), atomic(path) as temporary:
+        temporary.mkdir()
+        (temporary / "b").write_text("another")
+    assert names(tmp_path) == ["step"]
+    assert names(path) == ["a"]
+
+
+WRITER = """
+import sys
+from runtime.files import atomic
+with atomic(sys.argv[1]) as temporary:
+    temporary.write_text("by the other process")
+    print("written", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def start_writer(path) -> subprocess.Popen:
+    """Start a process that writes a file and waits for a line before the block ends."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(path)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "written\n"
+    return process
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_writer(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    process = start_writer(path)
+    process.kill()
+    process.communicate()
+    assert path.read_text() == "old"
+    assert len(names(tmp_path)) == 2
+    with atomic(path) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == "new"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_two_processes_may_write_the_same_file(tmp_path):
+    """Each finds its own file in place when its block ends; the last one wins."""
+    path = tmp_path / "a.txt"
+    process = start_writer(path)
+    with atomic(path) as temporary:
+        temporary.write_text("by this process")
+    assert path.read_text() == "by this process"
+    process.communicate("\n")
+    assert process.returncode == 0
+    assert path.read_text() == "by the other process"
+    assert names(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600)])
+def test_permissions_follow_the_umask(tmp_path, umask, mode):
+    """A file that others are to read is not made private by being atomic."""
+    before = os.umask(umask)
+    try:
+        write_json(tmp_path / "a.json", {"a": 1})
+        with atomic(tmp_path / "folder") as temporary:
+            temporary.mkdir()
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.json").stat().st_mode & 0o777 == mode
+    assert (tmp_path / "folder").stat().st_mode & 0o666 == mode
+
+
+def test_sha256_of_a_file(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert sha256(tmp_path / "a") == digest
+
+
+# --------------------------------------------------------------------------------------------------
+# stopping
+
+
+def handlers() -> list:
+    return [signal.getsignal(number) for number in SIGNALS]
+
+
+@pytest.fixture
+def stop(monkeypatch):
+    """A Stop of one process; the handlers are given back at the end."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    stop = Stop(world(), timeout=600, second_interrupt=signal.SIG_IGN)
+    yield stop
+    stop.close()
+
+
+def test_stop_sets_handlers_and_gives_them_back():
+    """Signals that were ignored at the start (nohup) stay ignored."""
+    before = handlers()
+    hang_up = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop = Stop(world(), timeout=600)
+        assert signal.getsignal(signal.SIGTERM) == stop.on_signal
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        stop.close()
+    finally:
+        signal.signal(signal.SIGHUP, hang_up)
+    assert handlers() == before
+
+
+def test_stop_in_a_thread_sets_no_handlers():
+    """Python allows none outside the main thread; asking and polling work."""
+    before = handlers()
+    results = []
+
+    def work():
+        stop = Stop(world(), timeout=600)
+        results.append(handlers())
+        results.append(stop.poll(save_due=True))
+        stop.ask(UserError("a shard was cut"))
+        try:
+            stop.poll()
+        except Stopped:
+            results.append("stopped")
+        stop.close()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert results == [before, True, "stopped"]
+    assert handlers() == before
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_signal_stops_at_once_while_there_is_nothing_to_save(stop, number):
+    with pytest.raises(Stopped):
+        signal.raise_signal(number)
+    assert stop.reason == number.name
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_signal_stops_an_armed_run_at_the_next_poll(stop, number):
+    stop.armed = True
+    assert stop.poll() is False
+    assert stop.poll(save_due=True) is True
+    signal.raise_signal(number)
+    with pytest.raises(Stopped):
+        stop.poll()
+    assert stop.reason == number.name
+
+
+def test_the_first_reason_and_error_count(stop):
+    stop.armed = True
+    first, second = UserError("first"), UserError("second")
+    stop.ask(first)
+    stop.ask(second)
+    signal.raise_signal(signal.SIGTERM)
+    assert stop.reason == "error"
+    assert stop.error is first
+
+
+@pytest.mark.parametrize("under_torchrun, presses", [(False, 1), (True, 2)])
+def test_ctrl_c_is_handled_otherwise_once_a_run_is_stopping(
+    stop, monkeypatch, under_torchrun, presses
+):
+    """Under torchrun each Ctrl-C arrives twice, so there the first two count as one."""
+    stop.armed = True
+    if under_torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    for _ in range(presses):
+        assert signal.getsignal(signal.SIGINT) == stop.on_signal
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
+# --------------------------------------------------------------------------------------------------
+# torch
+
+
+def torch_settings() -> tuple:
+    return (
+        torch.get_num_threads(),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_torch_settings_are_restored(fails):
+    """Also when the block raises."""
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.set_float32_matmul_precision("highest")
+    before = torch_settings()
+    with contextlib.suppress(Crash), torch_settings_restored():
+        torch.set_num_threads(before[0] + 1)
+        torch.set_float32_matmul_precision("medium")
+        use_deterministic_kernels()
+        assert all(old != new for old, new in zip(before, torch_settings()))
+        if fails:
+            raise Crash
+    assert torch_settings() == before
+
+
+def test_out_of_memory_is_told_from_other_errors():
+    with pytest.raises(RuntimeError) as e:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert out_of_memory(e.value)
+    assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert out_of_memory(MemoryError())
+    assert not out_of_memory(RuntimeError("shapes differ"))
+
+
+# --------------------------------------------------------------------------------------------------
+# the command line
+
+
+def test_near_suggests_or_lists():
+    words = ["max_lr", "max_steps", "min_lr", "seed"]
+    assert near("max_step", words) == "did you mean max_steps?"
+    assert near("max_lrr", words) == "did you mean max_lr or min_lr?"
+    assert near("zzz", words) == "one of max_lr, max_steps, min_lr, seed"
+
+
+def test_one_line_shortens():
+    error = ValueError("a\nb   c\t" + "d" * 500)
+    assert one_line(error) == "ValueError: a b c " + "d" * 154
+    assert one_line(KeyError("x")) == "KeyError: 'x'"
+
+
+@pytest.mark.parametrize("rank, printed", [(None, "hello\n"), ("0", "hello\n"), ("1", "")])
+def test_say_is_silent_on_other_ranks(monkeypatch, capsys, rank, printed):
+    if rank is None:
+        monkeypatch.delenv("RANK", raising=False)
+    else:
+        monkeypatch.setenv("RANK", rank)
+    say("hello")
+    assert capsys.readouterr().out == printed
+
+
+class BrokenConsole(io.StringIO):
+    """A console that cannot be written to."""
+
+    def __init__(self, error: OSError):
+        super().__init__()
+        self.error = error
+
+    def write(self, text: str):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(28, "No space left on device")])
+def test_say_survives_a_console_that_is_gone(monkeypatch, error):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(sys, "stdout", BrokenConsole(error))
+    say("hello")
+    say("hello")
+
+
+def test_say_survives_a_console_of_another_alphabet(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    say("Zürich")
+    assert raw.getvalue() == b"Z?rich\n"
+
+
+@pytest.mark.parametrize("rank, prefix", [("0", "error: "), ("3", "error (rank 3): ")])
+def test_run_script_ends_user_errors_in_one_line(monkeypatch, capsys, rank, prefix):
+    """Status 2 and no traceback."""
+    monkeypatch.setenv("RANK", rank)
+
+    def main():
+        raise UserError("T 2 exceeds block_size 1; hint: --block_size 2")
+
+    with pytest.raises(SystemExit) as e:
+        command_line.run_script(main)
+    assert e.value.code == 2
+    output = capsys.readouterr()
+    assert output.err == f"{prefix}T 2 exceeds block_size 1; hint: --block_size 2\n"
+    assert output.out == ""
+
+
+def test_run_script_leaves_other_errors_alone():
+    def main():
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError):
+        command_line.run_script(main)
+
+
+@dataclass
+class Options:
+    """Two options."""
+
+    max_lr: float = 1e-3
+    use_rope: bool = False
+
+
+def test_options_are_written_with_underscores_and_booleans_take_a_value():
+    options = command_line.parse(Options, args=["--max_lr", "0.5", "--use_rope", "True"])
+    assert options == Options(0.5, True)
+    with pytest.raises(SystemExit):
+        command_line.parse(Options, args=["--use_rope"])
+
+
+def test_one_of_several_commands_is_run(monkeypatch):
+    calls = []
+
+    def export(path: str):
+        calls.append(("export", path))
+
+    def load(path: str):
+        calls.append(("load", path))
+
+    monkeypatch.setattr(sys, "argv", ["hf.py", "export", "--path", "a"])
+    command_line.parse_command({"export": export, "load": load}, "Two commands.")
+    assert calls == [("export", "a")]
