@@ -10,16 +10,14 @@ import pytest
 
 from config import (
     FREE_ON_RESUME,
-    NOT_NEGATIVE,
-    POSITIVE,
     PRESETS,
     TrainConfig,
     as_stored,
     differences,
     from_command_line,
     preset,
-    problems,
 )
+from preflight import NOT_NEGATIVE, POSITIVE, problems
 from runtime.command_line import UserError
 
 FIELDS = {field.name for field in dataclasses.fields(TrainConfig)}

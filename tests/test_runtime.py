@@ -375,17 +375,62 @@ def test_run_script_leaves_other_errors_alone():
 
 @dataclass
 class Options:
-    """Two options."""
+    """One option of each kind."""
 
     max_lr: float = 1e-3
     use_rope: bool = False
+    steps: int = 1
+    B: int | Literal["auto"] = 8
+    mode: Literal["a", "b"] = "a"
+    rest: str = ""
+    end: int | None = None
 
 
-def test_options_are_written_with_underscores_and_booleans_take_a_value():
-    options = command_line.parse(Options, args=["--max_lr", "0.5", "--use_rope", "True"])
-    assert options == Options(0.5, True)
-    with pytest.raises(SystemExit):
-        command_line.parse(Options, args=["--use_rope"])
+@pytest.mark.parametrize(
+    "args, expected",
+    [
+        ("--max_lr 0.5 --use_rope True", Options(0.5, True)),
+        ("--max-lr=0.5 --use-rope", Options(0.5, True)),
+        ("--use_rope --max_lr 1e-4", Options(1e-4, True)),
+        ("--use_rope yes", Options(use_rope=True)),
+        ("--no-use-rope", Options()),
+        ("--no_use_rope", Options()),
+        ("--use_rope=false", Options()),
+        ("--steps 1e4", Options(steps=10_000)),
+        ("--steps 2**19", Options(steps=524_288)),
+        ("--steps=10_000", Options(steps=10_000)),
+        ("--B auto", Options(B="auto")),
+        ("--B 1e1", Options(B=10)),
+        ("--rest 2**3", Options(rest="2**3")),
+        ("--end None", Options()),
+        ("--end 3", Options(end=3)),
+    ],
+)
+def test_ways_to_write_an_option(args, expected):
+    assert command_line.parse(Options, args.split()) == expected
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        ("--max_l 1", "no option --max_l: did you mean max_lr?"),
+        ("--lr 1", "no option --lr: it is --max_lr here"),
+        ("--no-max_lr", "no option --no_max_lr"),
+        ("--max_lr", "--max_lr has no value"),
+        ("--max_lr x", "--max_lr is 'x', expected a number"),
+        ("--steps 1.5", "--steps is '1.5', expected a whole number"),
+        ("--steps 1e-3", "--steps is '1e-3', expected a whole number"),
+        ("--use_rope maybe", "--use_rope is 'maybe', expected True or False"),
+        ("--B many", "--B is 'many', expected a whole number or auto"),
+        ("--mode c", "--mode is 'c', expected a or b"),
+        ("--max_l 1 --steps x", "did you mean max_lr?; --steps is 'x'"),
+    ],
+)
+def test_mistakes_in_options_are_one_line(args, words):
+    with pytest.raises(UserError) as e:
+        command_line.parse(Options, args.split(), advice={"lr": "it is --max_lr here"})
+    assert words in str(e.value) and str(e.value).endswith("; hint: --help lists all options")
+    assert "\n" not in str(e.value)
 
 
 def test_one_of_several_commands_is_run(monkeypatch):

@@ -18,16 +18,9 @@ import shard_files
 from records import data_of_run
 from runtime.command_line import UserError
 from runtime.files import sha256, write_json
-from shard_files import fingerprints, open_shard, open_shards
+from shard_files import ShardWriter, fingerprints, open_shard, open_shards, shard_names
 from shards import Loader
 from tokenizer import EOT
-
-
-def shard_writer(folder: Path, shard_tokens: int):
-    """Return a writer of x_train_000000.npy, x_train_000001.npy, ..."""
-    from prepare import ShardWriter
-
-    return ShardWriter(str(folder), "x", "train", shard_tokens)
 
 
 def with_manifest(folder: Path, **more) -> Path:
@@ -61,7 +54,7 @@ def test_writer_and_reader_agree(tmp_path_factory, lengths, shard_tokens):
     """Every token is written once, in order; all shards but the last are full; records are true."""
     folder = tmp_path_factory.mktemp("w")
     documents = [np.r_[EOT, np.full(n - 1, i)].astype(np.uint16) for i, n in enumerate(lengths)]
-    writer = shard_writer(folder, shard_tokens)
+    writer = ShardWriter(folder, shard_names("x", "train"), shard_tokens)
     for document in documents:
         writer.write(document)
     writer.close()
