@@ -99,7 +99,7 @@ class Meter:
         last_step = self.cfg.max_steps
         seconds = seconds_per_step * (last_step - step)
         for interval, each in self.pauses.values():
-            seconds += each * (math.ceil(last_step / interval) - step // interval)
+            seconds += each * (math.ceil(last_step / interval) - (step - 1) // interval)
         return seconds
 
     def record(self, step: Pending, loss: float, norm: float, healthy: bool) -> dict:
