@@ -1,8 +1,12 @@
-"""Runs side by side: one table and one picture. `python compare.py RUN...`
+"""Compare runs in a table and a picture; tell whether a run is healthy; draw a run's curves.
 
-Runs that differ in their seeds alone are one group: mean and standard deviation. One standard deviation of this comparison,
-s, is that of a run within its group, pooled over all groups of two runs and more. Two groups whose means are within 2 s of
-each other show no difference.
+    python compare.py log/a log/b log/c     a table, and compare.png
+    python compare.py log/a                 log/a/curves.png again
+    python compare.py log/a --reference log/reference/published-gpt2-baseline     is it healthy?
+
+Runs that differ in nothing but their seeds are one group. s is the standard deviation of a run's
+final loss within its group, pooled over all groups of two and more runs. Two groups whose means are
+within 2 s of each other show no difference.
 """
 
 import dataclasses
@@ -14,11 +18,11 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from config import FREE_ON_RESUME, TrainConfig
+from config import FREE_ON_RESUME, TrainConfig, differences
 from runtime.command_line import UserError, one_line, parse, run_script, say
 from runtime.runlog import read_metrics
 
-# Okabe and Ito 2008: told apart with any colour vision. A preset has its colour in every picture; its T = 2048 is dashed.
+# Okabe and Ito 2008: told apart with any colour vision. A preset has its colour in every picture.
 COLOURS = {
     "gpt2-baseline": "#E69F00",
     "gpt2-periodicity-fix": "#CC79A7",
@@ -30,313 +34,360 @@ COLOURS = {
     "shakespeare": "#000000",
 }
 OTHER = "#555555"
+LINES = ("-", "--", ":", "-.")  # groups of one colour, in the order of the table
 AXES = {
-    "step": "step (optimiser updates)",
+    "step": "step (optimizer updates)",
     "tokens": "training tokens (millions)",
     "time": "training time (minutes, steps alone)",
 }
+OPENAI_GPT2_HELLASWAG = 0.294463  # acc_norm of OpenAI's 124M, by mean loss per token
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Compare runs; those that differ in nothing but their seeds are grouped."""
+
+    # run directories; the group of the first one is what the others are compared with
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    # axis of the picture: step, tokens, or time (without evaluating and saving)
+    x: Literal["step", "tokens", "time"] = "step"
+    out: str = "compare.png"  # picture of several runs
+    # directory of a healthy run: where does the validation loss of the others leave its band?
+    reference: str = ""
+    band: float = 0.02  # width of that band to either side, as a share of the reference's loss
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     """What a run directory holds."""
 
     name: str
     cfg: dict  # config.json
-    train: np.ndarray  # (n, 2): x, training loss
+    train: np.ndarray  # (n, 2): x, training loss; empty for a record of evaluations alone
     val: np.ndarray  # (m, 2): x, validation loss
-    last: dict  # the last evaluation
-    tok_s: float  # median of the steps
+    evaluations: list[dict]
+    tok_s: float | None  # median of the steps
 
     @property
-    def tokens(self) -> int:
-        return self.last["step"] * self.cfg["total_batch"]
+    def loss(self) -> float:
+        """The final validation loss."""
+        return self.evaluations[-1]["val/loss"]
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Training tokens at each evaluation (m,)."""
+        return np.array([r["step"] for r in self.evaluations]) * self.cfg["total_batch"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Runs with the same settings and different seeds."""
+
+    name: str  # the preset, and the settings that tell it from other groups
+    runs: list[Run]
+
+    @property
+    def losses(self) -> list[float]:
+        return [run.loss for run in self.runs]
+
+    @property
+    def preset(self) -> str:
+        return self.runs[0].cfg["preset"]
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.losses)
+
+
+# --------------------------------------------------------------------------------------------------
+# reading
 
 
 def read(run_dir: str, x: str) -> Run:
-    """Raises UserError for a directory without a run, or a run without an evaluation."""
+    """Read a run. Raises UserError for a directory without one, or without a trained evaluation."""
+    fields = {f.name for f in dataclasses.fields(TrainConfig)}
     try:
-        cfg = dataclasses.asdict(TrainConfig()) | json.loads(
-            Path(run_dir, "config.json").read_text()
-        )
-        records = read_metrics(Path(run_dir))
+        stored = json.loads(Path(run_dir, "config.json").read_text())
+        records = read_metrics(run_dir)
     except (OSError, ValueError) as e:
         raise UserError(
-            f"{run_dir} is not a run ({one_line(e)}); hint: a directory in log/ with config.json and metrics.jsonl"
-        )
+            f"{run_dir} is not a run ({one_line(e)}); "
+            "hint: a directory in log/ with config.json and metrics.jsonl"
+        ) from e
+    cfg = dataclasses.asdict(TrainConfig()) | {k: v for k, v in stored.items() if k in fields}
     steps = [r for r in records if r.get("train/loss") is not None]
     evaluations = [r for r in records if "val/loss" in r]
-    if not steps or not evaluations:
+    if not evaluations or evaluations[-1]["step"] == 0:
         raise UserError(
-            f"{run_dir} has {len(steps)} steps and {len(evaluations)} evaluations so far; hint: at least one of each"
+            f"{run_dir} has {len(steps)} steps and {len(evaluations)} evaluations so far; "
+            "hint: wait for the first evaluation after step 0"
         )
-    minutes = np.cumsum([0.0, *(r["dt_ms"] / 60e3 for r in steps)])
-    at = {
-        "step": lambda step: step,
-        "tokens": lambda step: step * cfg["total_batch"] / 1e6,
-        "time": lambda step: np.interp(step, [0, *(r["step"] for r in steps)], minutes),
-    }[x]
-    points = lambda rows, key: np.array([(at(r["step"]), r[key]) for r in rows], float)
+    if x == "time" and not steps:
+        raise UserError(f"{run_dir} has no times of its steps; hint: --x step or --x tokens")
     return Run(
-        Path(run_dir).name,
-        cfg,
-        points(steps, "train/loss"),
-        points(evaluations, "val/loss"),
-        evaluations[-1],
-        statistics.median(r["tok_s"] for r in steps),
+        name=Path(run_dir).resolve().name,
+        cfg=cfg,
+        train=points(steps, "train/loss", x, cfg, steps),
+        val=points(evaluations, "val/loss", x, cfg, steps),
+        evaluations=evaluations,
+        tok_s=statistics.median(r["tok_s"] for r in steps) if steps else None,
     )
 
 
-def grouped(runs: list[Run]) -> dict[str, list[Run]]:
-    """Runs with the same decisive settings but for the seeds, under their preset's name and what tells them from others."""
-    decisive = [
-        f.name
-        for f in dataclasses.fields(TrainConfig)
-        if f.name not in FREE_ON_RESUME | {"seed", "data_seed"}
-    ]
-    key = lambda run: json.dumps([run.cfg[name] for name in decisive])
-    groups = {}
+def points(records: list[dict], key: str, x: str, cfg: dict, steps: list[dict]) -> np.ndarray:
+    """Return (n, 2): the position on the axis x, and the value of `key`, of each record."""
+    at = np.array([r["step"] for r in records], float)
+    if x == "tokens":
+        at *= cfg["total_batch"] / 1e6
+    if x == "time":
+        minutes = np.cumsum([0.0, *(r["dt_ms"] / 60e3 for r in steps)])
+        at = np.interp(at, [0, *(r["step"] for r in steps)], minutes)
+    return np.stack([at, np.array([r[key] for r in records], float)], axis=1)
+
+
+def grouped(runs: list[Run]) -> list[Group]:
+    """Group the runs whose settings are the same but for seeds and what does not matter."""
+    fields = [f.name for f in dataclasses.fields(TrainConfig)]
+    decisive = [name for name in fields if name not in FREE_ON_RESUME | {"seed", "data_seed"}]
+    by_settings = {}
     for run in runs:
-        groups.setdefault(key(run), []).append(run)
-    named = {}
-    for group in groups.values():
-        cfg, siblings = (
-            group[0].cfg,
-            [g[0].cfg for g in groups.values() if g[0].cfg["preset"] == group[0].cfg["preset"]],
-        )
-        derived = (
-            {"min_lr", "embed_lr", "head_lr"} if len({s["max_lr"] for s in siblings}) > 1 else set()
-        )
-        differ = [n for n in decisive if n not in derived and any(s[n] != cfg[n] for s in siblings)]
-        shown = (
-            f"{n} {cfg[n]:.3g}" if isinstance(cfg[n], float) else f"{n} {cfg[n]}" for n in differ
-        )
-        named[" ".join([cfg["preset"], *shown])] = group
-    return named
+        key = json.dumps([run.cfg[name] for name in decisive])
+        by_settings.setdefault(key, []).append(run)
+    groups = []
+    for members in by_settings.values():
+        cfg = members[0].cfg
+        siblings = [g[0].cfg for g in by_settings.values() if g[0].cfg["preset"] == cfg["preset"]]
+        words = [cfg["preset"]]
+        for name in decisive:
+            if any(c[name] != cfg[name] for c in siblings) and not follows_max_lr(name, siblings):
+                value = f"{cfg[name]:.3g}" if isinstance(cfg[name], float) else cfg[name]
+                words.append(f"{name} {value}")
+        groups.append(Group(" ".join(words), members))
+    return groups
 
 
-def losses(group: list[Run]) -> list[float]:
-    return [run.last["val/loss"] for run in group]
+def follows_max_lr(name: str, cfgs: list[dict]) -> bool:
+    """Tell whether a setting is another learning rate, the same for each max_lr: no need to say."""
+    if name not in ("min_lr", "embed_lr", "head_lr"):
+        return False
+    return len({(c["max_lr"], c[name]) for c in cfgs}) == len({c["max_lr"] for c in cfgs})
 
 
-def pooled(groups: list[list[Run]]) -> float | None:
-    """Standard deviation of one run's final loss within its group; None where no group has two."""
-    several = [losses(g) for g in groups if len(g) > 1]
+# --------------------------------------------------------------------------------------------------
+# table and verdicts
+
+
+def pooled_deviation(groups: list[Group]) -> float | None:
+    """Return s; None when no group has two runs."""
+    several = [g.losses for g in groups if len(g.losses) > 1]
     if not several:
         return None
-    return (
-        sum(statistics.variance(g) * (len(g) - 1) for g in several)
-        / sum(len(g) - 1 for g in several)
-    ) ** 0.5
+    squares = sum(statistics.variance(losses) * (len(losses) - 1) for losses in several)
+    return (squares / sum(len(losses) - 1 for losses in several)) ** 0.5
 
 
-def table(groups: dict[str, list[Run]], s: float | None) -> str:
-    """Markdown: final values of each group, and its distance to the first."""
-    first, rows = statistics.mean(losses(next(iter(groups.values())))), []
-    for name, group in groups.items():
-        mean, n = statistics.mean(losses(group)), len(group)
-        spread = f" ± {statistics.stdev(losses(group)):.4f}" if n > 1 else ""
-        hella = [run.last for run in group if run.last.get("val/hella_norm") is not None]
-        # the items are the same ones for all seeds: their standard error does not shrink with seeds
-        score = (
-            f"{statistics.mean(r['val/hella_norm'] for r in hella):.4f} ± {statistics.mean(r['val/hella_se'] for r in hella):.4f}"
-            if hella
-            else "-"
-        )
-        away = (
-            ""
-            if not rows
-            else f"{mean - first:+.4f}"
-            + (
-                " (one seed each)"
-                if s is None
-                else " no difference"
-                if abs(mean - first) <= 2 * s
-                else f" ({abs(mean - first) / s:.1f} s)"
-                if s
-                else ""
-            )
-        )
-        rows.append(
-            f"| {name} | {n if n > 1 else 'one'} | {group[0].tokens:,} | {mean:.4f}{spread} | {away} | {score} | "
-            f"{statistics.median(run.tok_s for run in group):,.0f} |"
-        )
-    head = "| run | seeds | tokens | val loss, final (mean ± sd) | to the first | HellaSwag ± se | tok/s |\n|---|---|---|---|---|---|---|"
-    return "\n".join([head, *rows])
+def table(groups: list[Group], s: float | None) -> str:
+    """Return a Markdown table: final values of each group, and its distance to the first."""
+    lines = [
+        "| run | seeds | tokens | val loss, final (mean ± sd) | to the first | HellaSwag ± se "
+        "| tok/s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for i, group in enumerate(groups):
+        seeds, loss = "one", f"{group.mean:.4f}"
+        if len(group.runs) > 1:
+            seeds, loss = str(len(group.runs)), f"{loss} ± {statistics.stdev(group.losses):.4f}"
+        away = distance(group.mean - groups[0].mean, s) if i else ""
+        speeds = [run.tok_s for run in group.runs if run.tok_s is not None]
+        speed = f"{statistics.median(speeds):,.0f}" if speeds else "-"
+        cells = group.name, seeds, f"{group.runs[0].tokens[-1]:,}", loss, away, hellaswag(group)
+        lines.append(f"| {' | '.join(cells)} | {speed} |")
+    return "\n".join(lines)
 
 
-def outside(run: Run, reference: Run, s: float | None, band: float) -> str | None:
-    """Where a run's validation loss first leaves the band of a reference run: its loss at the same x, interpolated, give or
-    take `band` of it, or 2 s where that is more. None where it stays inside.
+def distance(difference: float, s: float | None) -> str:
+    """Return a difference of mean losses, in words whether it is one."""
+    if s is None:
+        return f"{difference:+.4f} (one seed each)"
+    if abs(difference) <= 2 * s:
+        return f"{difference:+.4f} no difference"
+    return f"{difference:+.4f} ({abs(difference) / s:.1f} s)" if s else f"{difference:+.4f}"
+
+
+def hellaswag(group: Group) -> str:
+    """Return a group's mean acc_norm and its standard error.
+
+    The items are the same for all seeds, so more seeds do not make that error smaller.
     """
-    for x, loss in run.val:
-        if x <= reference.val[-1, 0]:
-            expected = np.interp(x, *reference.val.T)
-            if not abs(loss - expected) <= (
-                width := max(band * expected, 2 * (s or 0))
-            ):  # no number is outside, too
-                return f"{run.name} leaves the band of {reference.name}: {loss:.4f} at {x:g}, expected {expected:.4f} ± {width:.4f}"
-    return None
+    last = [run.evaluations[-1] for run in group.runs]
+    scores = [r["val/hella_norm"] for r in last if r.get("val/hella_norm") is not None]
+    errors = [r["val/hella_se"] for r in last if r.get("val/hella_se") is not None]
+    if not scores:
+        return "-"
+    error = f" ± {statistics.mean(errors):.4f}" if errors else ""
+    return f"{statistics.mean(scores):.4f}{error}"
 
 
-def picture(groups: dict[str, list[Run]], x: str, out: str):
-    """Left: training loss, smoothed, and validation loss, the mean over seeds. Right: final losses, seed by seed."""
-    import matplotlib
+def verdict(run: Run, reference: Run, band: float) -> str:
+    """Tell whether a run's validation loss stays in the band of a reference, or where it leaves it.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, (left, right) = plt.subplots(
-        1, 2, figsize=(13, 5), width_ratios=(3, 2), layout="constrained"
-    )
-    for row, (name, group) in enumerate(groups.items()):
-        preset = group[0].cfg["preset"]
-        style = dict(
-            color=COLOURS.get(preset.removesuffix("-t2048"), OTHER),
-            linestyle="--" if preset.endswith("-t2048") else "-",
+    Compared by training tokens, at the run's evaluations from the reference's first one on.
+    """
+    trained = reference.tokens > 0
+    tokens, losses = reference.tokens[trained], reference.val[trained, 1]
+    # the published baseline was last evaluated one step before its end
+    compared = (run.tokens >= tokens[0]) & (run.tokens <= 1.01 * tokens[-1])
+    if not compared.any():
+        return (
+            f"{run.name} cannot be compared with {reference.name}: no evaluation between "
+            f"{tokens[0]:,} and {tokens[-1]:,} training tokens"
         )
-        for run in group:
-            n = max(1, len(run.train) // 25)
-            smooth = np.convolve(run.train[:, 1], np.ones(n) / n, "valid")
-            left.plot(run.train[n - 1 :, 0], smooth, **style, linewidth=0.7, alpha=0.5)
-            right.plot(
-                run.last["val/loss"], row, "o", color=style["color"], markersize=5, alpha=0.7
-            )
-        m = min(len(run.val) for run in group)
-        left.plot(
-            group[0].val[:m, 0],
-            np.mean([run.val[:m, 1] for run in group], axis=0),
-            **style,
-            marker="o",
-            markersize=3,
-            label=name,
+    actual = run.val[compared, 1]
+    # in log tokens, where loss curves are nearly straight: in tokens the expected loss would be 2
+    # to 3% too high half-way between the first points of the published baseline
+    expected = np.interp(np.log(run.tokens[compared]), np.log(tokens), losses)
+    off = actual / expected - 1
+    outside = np.flatnonzero(~(abs(off) <= band))  # a NaN is outside
+    n = len(actual)
+    if not len(outside):
+        return (
+            f"{run.name} is healthy: within {100 * band:g}% of {reference.name} "
+            f"at all {n} evaluations"
         )
-        right.plot(
-            [statistics.mean(losses(group))] * 2,
-            [row - 0.35, row + 0.35],
-            color=style["color"],
-            linewidth=2,
-        )
-    final = [loss for group in groups.values() for loss in losses(group)]
-    left.set(
-        xlabel=AXES[x],
-        ylabel="loss (nats per token)",
-        ylim=(min(final) - 0.2, min(final) + 3),
-        title="validation loss (points), training loss (thin)",
+    i = outside[0]
+    step = run.tokens[compared][i] // run.cfg["total_batch"]
+    direction = "below it (better)" if off[i] < 0 else "above it"
+    settings = differences(TrainConfig(**run.cfg), reference.cfg)
+    return (
+        f"{run.name} leaves the band of {reference.name} at step {step:,}, {direction}: val loss "
+        f"{actual[i]:.4f}, expected {expected[i]:.4f} ± {100 * band:g}%; outside at "
+        f"{len(outside)} of {n} evaluations; other settings: {settings or 'none'}; "
+        f"data: {Path(run.cfg['data_root']).name}, {Path(reference.cfg['data_root']).name}"
     )
-    left.legend(frameon=False, fontsize=7)
-    right.set(
-        xlabel="final validation loss (nats per token)",
-        yticks=range(len(groups)),
-        title="each seed, and the mean (bar)",
-    )
-    right.set_yticklabels(list(groups), fontsize=7)
+
+
+# --------------------------------------------------------------------------------------------------
+# pictures. matplotlib's Figure instead of pyplot: no global state, so it works in threads and
+# leaves a notebook's backend alone
+
+
+def picture(groups: list[Group], x: str, out: str):
+    """Draw the curves of all groups; beside them, which is also the legend, their final losses."""
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(12, max(4.0, 2 + 0.25 * len(groups))), layout="constrained")
+    left, right = fig.subplots(1, 2, width_ratios=(3, 2))
+    runs = [run for group in groups for run in group.runs]
+    # the first tenth of a run would leave four fifths of the picture empty
+    low, high = limits([loss for r in runs for at, loss in r.val if at >= 0.1 * r.val[-1, 0]])
+    colours = []
+    for row, group in enumerate(groups):
+        colour = COLOURS.get(group.preset.removesuffix("-t2048"), OTHER)
+        style = dict(color=colour, linestyle=LINES[colours.count(colour) % len(LINES)])
+        colours.append(colour)
+        for run in group.runs:
+            if len(run.train):
+                n = max(1, len(run.train) // 25)
+                smooth = np.convolve(run.train[:, 1], np.ones(n) / n, "valid")
+                left.plot(run.train[n - 1 :, 0], smooth, color=colour, linewidth=0.7, alpha=0.4)
+        m = min(len(run.val) for run in group.runs)
+        mean = np.mean([run.val[:m, 1] for run in group.runs], axis=0)
+        left.plot(group.runs[0].val[:m, 0], mean, **style, marker="o", markersize=3)
+        right.axhline(row, **style, linewidth=1, alpha=0.5)
+        right.plot(group.losses, [row] * len(group.losses), "o", color=colour, alpha=0.7)
+        right.plot([group.mean] * 2, [row - 0.2, row + 0.2], color=colour, linewidth=2)
+    left.set(xlabel=AXES[x], ylabel="loss (nats per token)", ylim=(low, high))
+    left.set_title("validation loss (points), training loss (thin)", fontsize=10)
+    right.set(xlabel="final validation loss (nats per token)", yticks=range(len(groups)))
+    right.set_title("each seed, and the mean (bar)", fontsize=10)
+    right.set_yticklabels([group.name for group in groups], fontsize=9)
     right.invert_yaxis()
-    for ax in (left, right):
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(alpha=0.3)
-    fig.savefig(out, dpi=150)
-    plt.close(fig)
+    finish(fig, out)
 
 
-def curves(run_dir: Path):
-    """Draw curves.png from metrics.jsonl: training and validation loss, HellaSwag when it was measured."""
+def limits(losses: list[float]) -> tuple[float, float]:
+    """Return an axis for losses with 5% of space at both ends; leaves NaN and infinite ones out."""
+    finite = [loss for loss in losses if np.isfinite(loss)] or [0.0, 1.0]
+    space = max(0.05 * (max(finite) - min(finite)), 0.01)
+    return min(finite) - space, max(finite) + space
+
+
+def curves(run_dir: str | Path):
+    """Draw curves.png from metrics.jsonl: training and validation loss, HellaSwag if measured."""
     from matplotlib.figure import Figure
 
     records = read_metrics(run_dir)
-    points = lambda key: [(r["step"], r[key]) for r in records if r.get(key) is not None]
-    train, val, hella, bigram = (
-        points("train/loss"),
-        points("val/loss"),
-        points("val/hella_norm"),
-        points("val/bigram"),
+    keys = ("train/loss", "val/loss", "val/bigram", "val/hella_norm")
+    train, val, bigram, hella = (
+        [(r["step"], r[key]) for r in records if r.get(key) is not None] for key in keys
     )
     fig = Figure(figsize=(11 if hella else 7, 4), layout="constrained")
-    axes = fig.subplots(1, 2 if hella else 1, squeeze=False)
-    left = axes[0][0]
+    axes = fig.subplots(1, 2 if hella else 1, squeeze=False)[0]
+    measured = dict(color="#08519c", marker="o", markersize=3)
+    yardstick = dict(color="#d95f0e", linestyle="--", linewidth=1)
     if train:
-        left.plot(*zip(*train), color="#9ecae1", linewidth=1, label="training, one batch each")
+        axes[0].plot(*zip(*train), color="#9ecae1", linewidth=1, label="training, one batch each")
     if val:
-        left.plot(
-            *zip(*val),
-            "o-",
-            color="#08519c",
-            markersize=3,
-            label=f"validation, last {val[-1][1]:.4f}",
-        )
+        label = f"validation, last {val[-1][1]:.4f}"
+        axes[0].plot(*zip(*val), **measured, label=label)
     if bigram:
-        left.axhline(
-            bigram[-1][1],
-            color="#d95f0e",
-            linestyle="--",
-            linewidth=1,
-            label=f"bigram model {bigram[-1][1]:.4f}",
-        )
-    low = min(v for _, v in train + val) if train + val else 0
-    high = max(v for _, v in train + val) if train + val else 1
-    left.set(
-        title=Path(run_dir).name,
-        xlabel="step (optimiser updates)",
-        ylabel="loss (nats per token)",
-        ylim=(low - 0.1, min(high, low + 3.5) + 0.1),
-    )
-    left.legend(frameon=False)
+        loss = bigram[-1][1]
+        axes[0].axhline(loss, **yardstick, label=f"bigram model {loss:.4f}")
+    low, high = limits([loss for _, loss in train + val])
+    axes[0].set(ylabel="loss (nats per token)", ylim=(low, min(high, low + 4)))
+    axes[0].set_title(Path(run_dir).resolve().name)
     if hella:
-        axes[0][1].plot(*zip(*hella), "o-", color="#08519c", markersize=3)
-        axes[0][1].axhline(
-            0.294463,
-            color="#d95f0e",
-            linestyle="--",
-            linewidth=1,
-            label="OpenAI GPT-2 124M, 0.2945",
-        )
-        axes[0][1].set(title="HellaSwag", xlabel="step (optimiser updates)", ylabel="acc_norm")
-        axes[0][1].legend(frameon=False)
-    for ax in axes[0]:
+        label = f"OpenAI GPT-2 124M, {OPENAI_GPT2_HELLASWAG:.4f}"
+        axes[1].plot(*zip(*hella), **measured)
+        axes[1].axhline(OPENAI_GPT2_HELLASWAG, **yardstick, label=label)
+        axes[1].set(title="HellaSwag", ylabel="acc_norm")
+    for ax in axes:
+        ax.set_xlabel(AXES["step"])
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(frameon=False)
+    finish(fig, Path(run_dir) / "curves.png")
+
+
+def finish(fig, path: str | Path):
+    for ax in fig.axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.3)
-    fig.savefig(Path(run_dir) / "curves.png", dpi=120)
+    fig.savefig(path, dpi=130)
 
 
-def main(
-    runs: tyro.conf.Positional[tuple[str, ...]],
-    x: Literal["step", "tokens", "time"] = "step",
-    out: str = "compare.png",
-    reference: str = "",
-    band: float = 0.02,
-):
-    """One table and one picture of any runs; those that differ in their seeds alone are grouped.
+# --------------------------------------------------------------------------------------------------
+# command line
 
-    Args:
-        runs: run directories; the group of the first one is what the others are compared with
-        x: of the picture: step, tokens, or time (that of the steps, without evaluating and saving)
-        out: picture to write
-        reference: run directory; told is where another run's validation loss leaves its band
-        band: width of that band to either side, as a share of the reference's loss; 2 standard deviations where that is more
-    """
-    if not runs:
+
+def main(args: Comparison):
+    if not args.runs:
         raise UserError("no run to compare; hint: python compare.py log/a log/b")
-    groups = grouped([read(run, x) for run in dict.fromkeys(runs)])
-    s = pooled(list(groups.values()))
-    print(table(groups, s))
-    print(
-        "s: not known, no settings were run with two seeds"
-        if s is None
-        else f"s = {s:.4f}: standard deviation of one run within its group, pooled; no difference: within 2 s"
-    )
-    if reference:
-        expected = read(reference, x)
-        for run in (run for group in groups.values() for run in group):
-            if (warning := outside(run, expected, s, band)) is not None:
-                say(f"warning | {warning}")
+    runs = [read(run_dir, args.x) for run_dir in dict.fromkeys(args.runs)]
+    groups = grouped(runs)
+    out = args.out if len(runs) > 1 else Path(args.runs[0]) / "curves.png"
+    if len(runs) > 1:
+        s = pooled_deviation(groups)
+        say(table(groups, s))
+        if s is None:
+            say("s: not known, no settings were run with two seeds")
+        else:
+            meaning = "standard deviation of one run within its group, pooled"
+            say(f"s = {s:.4f}: {meaning}; no difference: within 2 s")
+    if args.reference:
+        reference = read(args.reference, "step")
+        for run in runs:
+            say(f"reference | {verdict(run, reference, args.band)}")
     try:
-        picture(groups, x, out)
+        if len(runs) > 1:
+            picture(groups, args.x, out)
+        else:
+            curves(args.runs[0])
+        say(f"picture | {out}")
     except ImportError:
-        return say("picture | not drawn: matplotlib is missing; hint: pip install matplotlib")
+        say("picture | not drawn: matplotlib is missing; hint: pip install matplotlib")
     except OSError as e:
-        raise UserError(f"cannot write {out} ({one_line(e)}); hint: --out another.png")
-    say(f"picture | {out}")
+        raise UserError(f"cannot write {out} ({one_line(e)}); hint: --out another.png") from e
 
 
 if __name__ == "__main__":
-    run_script(lambda: parse(main))
+    run_script(lambda: main(parse(Comparison)))

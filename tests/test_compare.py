@@ -1,39 +1,60 @@
-"""python -m pytest tests/test_compare.py : grouping by seed, what counts as a difference, the band, the picture."""
+"""python -m pytest tests/test_compare.py : grouping, differences, the band, pictures."""
 
-import dataclasses
 import json
+import os
+import subprocess
+import sys
+import threading
 
+import numpy as np
 import pytest
-from conftest import run
+from conftest import ROOT, run
 
 import compare
-from config import UserError, preset
+import config
+from compare import Comparison
+from runtime.command_line import UserError
+
+PUBLISHED = ROOT / "log" / "reference" / "published-gpt2-baseline"
+
+
+def write_run(folder, base: str, losses: dict[int, float], **settings) -> str:
+    """Write a run that has evaluations alone: its validation loss at each step."""
+    folder.mkdir()
+    cfg = config.as_stored(config.preset(base)) | settings
+    (folder / "config.json").write_text(json.dumps(cfg))
+    records = [{"step": step, "val/loss": loss} for step, loss in losses.items()]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return str(folder)
 
 
 @pytest.fixture
 def make(tmp_path):
-    """make(name, preset, final loss, **settings) writes a run of 20 steps whose validation loss falls in a straight line."""
+    """make(name, preset, final loss, **settings) writes a run of 20 steps.
+
+    Its validation loss falls from 10 in a straight line.
+    """
 
     def go(name, base, final, steps=20, hella=None, dt_ms=3000.0, **settings):
         folder = tmp_path / name
-        folder.mkdir()
-        cfg = dataclasses.asdict(preset(base)) | dict(run_name=name, total_batch=1000) | settings
-        (folder / "config.json").write_text(json.dumps(cfg))
-        records = []
-        for step in range(0, steps + 1):
+        losses = {step: 10 + (final - 10) * step / max(1, steps) for step in range(0, steps + 1, 5)}
+        write_run(folder, base, losses, **{"run_name": name, "total_batch": 1000} | settings)
+        scores = {"val/hella_norm": hella, "val/hella_se": 0.02} if hella else {}
+        lines = []
+        for step in range(steps + 1):
             if step:
-                records.append(
-                    {"step": step, "train/loss": 10.0, "dt_ms": dt_ms, "tok_s": 1e6 / dt_ms}
-                )
-            if step % 5 == 0:
-                record = {"step": step, "val/loss": 10 + (final - 10) * step / max(1, steps)}
-                records.append(
-                    record | ({"val/hella_norm": hella, "val/hella_se": 0.02} if hella else {})
-                )
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+                speed = {"dt_ms": dt_ms, "tok_s": 1e6 / dt_ms}
+                lines.append({"step": step, "train/loss": 10.0} | speed)
+            if step in losses:
+                lines.append({"step": step, "val/loss": losses[step]} | scores)
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
         return str(folder)
 
     return go
+
+
+def show(tmp_path, *runs, **options):
+    compare.main(Comparison(runs, out=str(tmp_path / "p.png"), **options))
 
 
 def rows(out: str) -> dict[str, list[str]]:
@@ -46,35 +67,30 @@ def rows(out: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in table[1:]}
 
 
+# --------------------------------------------------------------------------------------------------
+# table
+
+
 def test_seeds_are_grouped_and_small_differences_are_none(make, tmp_path, capsys):
-    """Standard deviations of 0.01 and 0.03, so s^2 = (2 * 0.01^2 + 0.03^2 * 2) / 4 and 2 s = 0.0447: 0.04 is no difference, 0.05 is."""
+    """Standard deviations of 0.01 and 0.03, so s^2 = (2 * 0.01^2 + 2 * 0.03^2) / 4.
+
+    2 s = 0.0447: 0.04 is no difference, 0.05 is one.
+    """
     runs = [
         make(f"a{i}", "gpt2-baseline", 5 + d, seed=i, data_seed=i, hella=0.25)
         for i, d in enumerate((-0.01, 0, 0.01))
     ]
     runs += [make(f"b{i}", "gpt2-rope", 4.96 + d, seed=i) for i, d in enumerate((-0.03, 0, 0.03))]
     runs += [make("c", "gpt2-swiglu", 5.05), make("d", "gpt2-modern", 4.5, steps=10, dt_ms=2000.0)]
-    compare.main(tuple(runs), out=str(tmp_path / "p.png"))
+    show(tmp_path, *runs)
     out = capsys.readouterr().out
-    found = rows(out)
-    assert found["gpt2-baseline"] == [
-        "3",
-        "20,000",
-        "5.0000 ± 0.0100",
-        "",
-        "0.2500 ± 0.0200",
-        "333",
-    ]
-    assert found["gpt2-rope"] == [
-        "3",
-        "20,000",
-        "4.9600 ± 0.0300",
-        "-0.0400 no difference",
-        "-",
-        "333",
-    ]
-    assert found["gpt2-swiglu"] == ["one", "20,000", "5.0500", "+0.0500 (2.2 s)", "-", "333"]
-    assert found["gpt2-modern"] == ["one", "10,000", "4.5000", "-0.5000 (22.4 s)", "-", "500"]
+    lines = {name: " | ".join(cells) for name, cells in rows(out).items()}
+    assert lines == {
+        "gpt2-baseline": "3 | 20,000 | 5.0000 ± 0.0100 |  | 0.2500 ± 0.0200 | 333",
+        "gpt2-rope": "3 | 20,000 | 4.9600 ± 0.0300 | -0.0400 no difference | - | 333",
+        "gpt2-swiglu": "one | 20,000 | 5.0500 | +0.0500 (2.2 s) | - | 333",
+        "gpt2-modern": "one | 10,000 | 4.5000 | -0.5000 (22.4 s) | - | 500",
+    }
     assert "s = 0.0224" in out and (tmp_path / "p.png").stat().st_size > 10_000
 
 
@@ -84,61 +100,179 @@ def test_other_settings_are_other_groups_with_names_that_tell(make, tmp_path, ca
         make("b", "gpt2-rope", 5.1, max_lr=2e-3, min_lr=2e-4),
         make("c", "gpt2-rope", 5.2, max_lr=2e-3, min_lr=2e-4, seed=7, B=1),
     ]
-    compare.main(tuple(runs), x="time", out=str(tmp_path / "p.png"))
-    found = rows(capsys.readouterr().out)
-    assert found.keys() == {"gpt2-rope max_lr 0.001", "gpt2-rope max_lr 0.002"}
-    assert found["gpt2-rope max_lr 0.002"][0] == "2"
+    show(tmp_path, *runs, x="time")
+    table = rows(capsys.readouterr().out)
+    assert table.keys() == {"gpt2-rope max_lr 0.001", "gpt2-rope max_lr 0.002"}
+    assert table["gpt2-rope max_lr 0.002"][0] == "2"
+
+
+def test_a_rate_that_does_not_follow_max_lr_is_named(make, tmp_path, capsys):
+    """Of two runs with the same max_lr and another min_lr none may get the other's name."""
+    for name, max_lr, min_lr in (("a", 1e-3, 1e-4), ("b", 2e-3, 2e-4), ("c", 1e-3, 0.0)):
+        make(name, "gpt2-rope", 5.0, max_lr=max_lr, min_lr=min_lr)
+    show(tmp_path, *(str(tmp_path / name) for name in "abc"))
+    assert rows(capsys.readouterr().out).keys() == {
+        "gpt2-rope max_lr 0.001 min_lr 0.0001",
+        "gpt2-rope max_lr 0.002 min_lr 0.0002",
+        "gpt2-rope max_lr 0.001 min_lr 0",
+    }
 
 
 def test_one_seed_each_shows_nothing(make, tmp_path, capsys):
-    compare.main(
-        (make("a", "gpt2-baseline", 5.0), make("b", "gpt2-rope", 4.0)), out=str(tmp_path / "p.png")
-    )
+    show(tmp_path, make("a", "gpt2-baseline", 5.0), make("b", "gpt2-rope", 4.0))
     out = capsys.readouterr().out
     assert rows(out)["gpt2-rope"][3] == "-1.0000 (one seed each)" and "s: not known" in out
 
 
-def test_a_run_that_leaves_the_band_of_a_reference_is_told(make, tmp_path, capsys):
-    """Its loss at 10 of 20 steps, interpolated from 0, 5, 10 ...: 7.5; 2% of that is 0.15."""
-    reference, inside = (make(n, "gpt2-baseline", f) for n, f in (("ref", 5.0), ("in", 5.05)))
-    outside = make("out", "gpt2-lr-inc", 5.3)
+# --------------------------------------------------------------------------------------------------
+# the band of a reference
+
+
+def verdicts(capsys) -> list[str]:
+    lines = capsys.readouterr().out.splitlines()
+    return [line.removeprefix("reference | ") for line in lines if line.startswith("reference")]
+
+
+def test_each_run_is_told_whether_it_is_in_the_band_of_a_reference(make, tmp_path, capsys):
+    """Losses 10, 8.75, 7.5, 6.25, 5 at steps 0 to 20, against others at the same steps."""
+    reference = make("ref", "gpt2-baseline", 5.0)
+    inside = make("in", "gpt2-baseline", 5.05)
+    above = make("above", "gpt2-lr-inc", 5.25)
+    below = make("below", "gpt2-baseline", 4.0)
     nan = make("nan", "gpt2-rope", float("nan"))
-    compare.main((inside, outside, nan), reference=reference, out=str(tmp_path / "p.png"))
-    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
-    assert (
-        len(warnings) == 2
-        and "out leaves the band of ref" in warnings[0]
-        and "nan leaves" in warnings[1]
+    show(tmp_path, inside, above, below, nan, reference=reference, x="tokens")
+    lines = verdicts(capsys)
+    assert lines[0] == "in is healthy: within 2% of ref at all 4 evaluations"
+    assert lines[1].startswith(
+        "above leaves the band of ref at step 15, above it: val loss 6.4375, expected 6.2500 ± 2%; "
+        "outside at 2 of 4 evaluations; other settings: "
     )
-    compare.main((inside, outside), reference=reference, band=0.1, out=str(tmp_path / "p.png"))
-    assert "warning" not in capsys.readouterr().out
+    assert "max_lr 0.0006 -> 0.0018" in lines[1] and "data_order sequential" in lines[1]
+    assert "at step 5, below it (better): val loss 8.5000, expected 8.7500" in lines[2]
+    assert "other settings: none" in lines[2]
+    assert "nan leaves the band of ref at step 5" in lines[3] and "4 of 4" in lines[3]
+    show(tmp_path, inside, above, reference=reference, band=0.1)
+    assert [line.split(":")[0] for line in verdicts(capsys)] == [
+        "in is healthy",
+        "above is healthy",
+    ]
+
+
+def test_a_run_of_another_batch_is_compared_by_tokens(make, tmp_path, capsys):
+    """Half the batch and twice the steps; only what the reference has been trained for counts."""
+    reference = make("ref", "gpt2-baseline", 5.0)
+    longer = {0: 11.0, 2: 9.9, 20: 7.5, 40: 5.0, 60: 1.0}
+    settings = dict(run_name="half", total_batch=500)
+    half = write_run(tmp_path / "half", "gpt2-baseline", longer, **settings)
+    compare.main(Comparison((half,), reference=reference))
+    assert verdicts(capsys) == ["half is healthy: within 2% of ref at all 2 evaluations"]
+    short = write_run(tmp_path / "short", "gpt2-baseline", {0: 11.0, 4: 9.9}, total_batch=500)
+    compare.main(Comparison((short,), reference=reference))
+    assert "short cannot be compared with ref: no evaluation between 5,000" in verdicts(capsys)[0]
+
+
+def test_the_published_baseline_is_a_reference_that_ships(tmp_path, capsys):
+    """Evaluated every 250 steps, a loss on its way is healthy at all 77 evaluations.
+
+    The way between its points is a power law through each two of them: what loss curves look like.
+    """
+    records = [json.loads(line) for line in (PUBLISHED / "metrics.jsonl").read_text().splitlines()]
+    steps = np.array([r["step"] for r in records])
+    known = np.array([r["val/loss"] for r in records])
+    assert (len(steps), steps[0], steps[-1]) == (12, 250, 19072)
+    assert (known[0], known[-1], records[-1]["val/hella_norm"]) == (6.1668, 3.0656, 0.3066)
+    stored = json.loads((PUBLISHED / "config.json").read_text())
+    assert "published" in stored.pop("source")
+    assert stored == config.as_stored(config.preset("gpt2-baseline"))
+
+    at = np.array([*range(250, 19073, 250), 19073])
+    losses = np.exp(np.interp(np.log(at), np.log(steps), np.log(known)))
+    good = {0: 10.99} | dict(zip(at.tolist(), losses.tolist()))
+    bad = good | {12000: 3.4, 12250: 3.4}
+    folders = [
+        write_run(tmp_path / name, "gpt2-baseline", curve)
+        for name, curve in (("good", good), ("bad", bad))
+    ]
+    show(tmp_path, *folders, str(PUBLISHED), reference=str(PUBLISHED))
+    lines = verdicts(capsys)
+    name = PUBLISHED.name
+    assert lines[0] == f"good is healthy: within 2% of {name} at all 77 evaluations"
+    assert lines[1].startswith(f"bad leaves the band of {name} at step 12,000, above it: ")
+    assert "outside at 2 of 77 evaluations" in lines[1]
+    assert lines[2] == f"{name} is healthy: within 2% of {name} at all 12 evaluations"
+
+
+# --------------------------------------------------------------------------------------------------
+# pictures
 
 
 def test_the_axes_count_what_they_say(make):
     """20 steps of 1,000 tokens and 3 seconds."""
     folder = make("a", "gpt2-baseline", 5.0)
-    assert [
-        compare.read(folder, x).val[-1, 0] for x in ("step", "tokens", "time")
-    ] == pytest.approx([20, 0.02, 1.0])
+    ends = [compare.read(folder, x).val[-1, 0] for x in ("step", "tokens", "time")]
+    assert ends == pytest.approx([20, 0.02, 1.0])
+
+
+def test_one_run_alone_gets_its_curves_again(make, tmp_path, capsys):
+    folder = make("a", "gpt2-baseline", 5.0, hella=0.25)
+    show(tmp_path, folder)
+    assert (tmp_path / "a" / "curves.png").stat().st_size > 10_000
+    assert not (tmp_path / "p.png").exists()
+    assert capsys.readouterr().out == f"picture | {tmp_path / 'a' / 'curves.png'}\n"
+
+
+@pytest.mark.parametrize(
+    "steps", ["", '{"step": 0, "val/loss": NaN}\n{"step": 1, "train/loss": 5}\n']
+)
+def test_curves_are_drawn_of_whatever_is_logged(make, tmp_path, steps):
+    """Of a run that has just begun, and of one whose loss is not a number."""
+    folder = make("a", "gpt2-baseline", 5.0)
+    (tmp_path / "a" / "metrics.jsonl").write_text(steps)
+    compare.curves(folder)
+    assert (tmp_path / "a" / "curves.png").stat().st_size > 5_000
+
+
+def test_pictures_leave_matplotlib_as_it_was(make, tmp_path):
+    """In a thread of a training process or a notebook: pyplot is not even imported."""
+    runs = [make("a", "gpt2-baseline", 5.0), make("b", "gpt2-rope", 4.0)]
+    script = (
+        "import sys, matplotlib, compare\n"
+        "a, b, out = sys.argv[1:]\n"
+        "compare.curves(a)\n"
+        "compare.main(compare.Comparison((a, b), out=out))\n"
+        "assert 'matplotlib.pyplot' not in sys.modules\n"
+        "assert matplotlib.get_backend(auto_select=False) is None\n"
+    )
+    command = [sys.executable, "-c", script, *runs, str(tmp_path / "p.png")]
+    environment = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    threads = [threading.Thread(target=compare.curves, args=(folder,)) for folder in runs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all((tmp_path / name / "curves.png").exists() for name in "ab")
 
 
 def test_every_preset_of_the_readme_has_a_colour_of_its_own():
-    assert (
-        len(set(compare.COLOURS.values())) == len(compare.COLOURS) == 8
-        and compare.OTHER not in compare.COLOURS.values()
-    )
+    assert len(set(compare.COLOURS.values())) == len(compare.COLOURS) == 8
+    assert compare.OTHER not in compare.COLOURS.values()
 
 
 def test_mistakes_are_one_line(make, tmp_path):
     (tmp_path / "empty").mkdir()
-    for argv, words in (
-        ([tmp_path / "empty"], "is not a run"),
-        ([], "hint: "),
-        ([make("a", "gpt2-rope", 5.0), "--out", "/no/p.png"], "cannot write"),
+    empty = str(tmp_path / "empty")
+    runs = make("a", "gpt2-rope", 5.0), make("b", "gpt2-rope", 5.0)
+    done = run("compare.py", empty)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {empty} is not a run")
+    assert done.stderr.count("\n") == 1 and "hint: " in done.stderr
+    for args, words in (
+        (Comparison(), "no run to compare"),
+        (Comparison(runs, out="/no/p.png"), "cannot write /no/p.png"),
+        (Comparison(runs, reference=empty), "is not a run"),
+        (Comparison((str(PUBLISHED),), x="time"), "has no times of its steps"),
+        (Comparison((make("c", "gpt2-rope", 5.0, steps=0),)), "0 steps and 1 evaluations"),
     ):
-        done = run("runlog.py", "compare", *argv)
-        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, (
-            done.stderr
-        )
-    with pytest.raises(UserError, match="0 steps and 1 evaluations"):
-        compare.main((make("b", "gpt2-rope", 5.0, steps=0),))
+        with pytest.raises(UserError, match=f"{words}.*hint: "):
+            compare.main(args)

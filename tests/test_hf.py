@@ -1,7 +1,8 @@
 """python -m pytest tests/test_hf.py
 
-Import from and export to Hugging Face: the same logits, weights and token ids on both sides, and one line with a hint for
-whatever cannot be represented. No network: the models are tiny random ones, and the hub is a stand-in.
+Import from and export to Hugging Face: the same logits, weights and token ids on both sides, and
+one line with a hint for whatever cannot be represented. No network: the models are tiny random
+ones, and the hub is a stand-in.
 """
 
 import dataclasses
@@ -19,14 +20,17 @@ import transformers
 from conftest import ROOT, TINY, run, write_shards
 from safetensors.torch import load_file, save_file
 
-import checkpoint
-import generate
 import hf
 import optim
+import records
 import tokenizer
 import train_gpt2
-from config import UserError, from_command_line
+from config import from_command_line
 from model import GPT, GPTConfig
+from runtime import checkpoint, files
+from runtime.command_line import UserError
+from runtime.runlog import read_metrics
+from runtime.world import World
 
 SHAPE = dict(
     vocab_size=97, n_positions=16, n_layer=2, n_head=4, n_embd=48, bos_token_id=0, eos_token_id=0
@@ -79,7 +83,7 @@ def refusal(folder) -> str:
     return message
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # import
 
 
@@ -172,7 +176,62 @@ def test_names_come_from_the_hub_at_a_fixed_commit(source, monkeypatch):
     assert all(len(revision) == 40 for revision in hf.REVISIONS.values())
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# load(): one answer to where weights come from
+
+
+def test_load_opens_runs_checkpoints_and_folders(tmp_path, source):
+    """A run, a directory of checkpoints, a checkpoint, and a Hugging Face folder."""
+    model = make_model(vocab_size=97)
+    path = save(model, tmp_path / "run")
+    for where in (tmp_path / "run", path.parent, path):
+        loaded = hf.load(str(where))
+        assert loaded.config == model.config
+        assert torch.equal(loaded.wte.weight, model.wte.weight)
+    torch.testing.assert_close(
+        hf.load(str(source[0]))(IDS), source[1](IDS).logits, atol=1e-4, rtol=0
+    )
+
+
+def lone_config(folder):
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+
+
+def pickled_weights(folder):
+    lone_config(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"PK")
+
+
+def run_without_checkpoint(folder):
+    (folder / "config.json").write_text('{"preset": "gpt2-rope"}')
+    (folder / "metrics.jsonl").write_text('{"step": 0, "val/loss": 10.9}\n')
+    (folder / "ckpt").mkdir()
+
+
+@pytest.mark.parametrize(
+    "write, message, hint",
+    [
+        (lone_config, "holds config.json but no model.safetensors", "copy both"),
+        (pickled_weights, "holds pytorch_model.bin but no model.safetensors", "save_pretrained"),
+        (run_without_checkpoint, "a run that has saved none there", "--ckpt_dir"),
+        (lambda folder: None, "no checkpoint in .*, and no config.json", "log/NAME"),
+    ],
+)
+def test_load_says_what_is_missing(tmp_path, write, message, hint):
+    write(tmp_path)
+    with pytest.raises(UserError, match=f"{message}.*; hint: .*{hint}"):
+        hf.load(str(tmp_path))
+
+
+def test_load_refuses_files_and_unknown_names(tmp_path):
+    (tmp_path / "a.pt").write_bytes(b"PK")
+    with pytest.raises(UserError, match="no checkpoint in .*a.pt, a file; hint: .*directory"):
+        hf.load(str(tmp_path / "a.pt"))
+    with pytest.raises(UserError, match="'gpt3' is neither a folder nor a name .*hint: .*gpt2"):
+        hf.load("gpt3")
+
+
+# --------------------------------------------------------------------------------------------------
 # refusals
 
 
@@ -270,7 +329,7 @@ def test_no_network(monkeypatch):
     assert "cannot fetch gpt2-large" in message and "--local-dir gpt2-large" in message
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # export
 
 KINDS = {
@@ -291,9 +350,9 @@ def make_model(**changes) -> GPT:
 
 
 def save(model, folder, **state):
-    return checkpoint.save(
-        folder / "ckpt", 3, model, optim.adamw(model, 1e-3, (0.9, 0.95), 0.1), state
-    )
+    optimizer = optim.adamw(model, 1e-3, (0.9, 0.95), 0.1)
+    state = state | {"gpt_config": dataclasses.asdict(model.config)}
+    return checkpoint.write(folder / "ckpt", 3, checkpoint.contents(model, optimizer), state)
 
 
 def reload(folder):
@@ -397,7 +456,7 @@ def test_import_undoes_export(tmp_path, vocab_size):
     save(model := make_model(vocab_size=vocab_size), tmp_path / "run")
     hf.export(str(tmp_path / "run"), str(tmp_path / "out"))
     hf.import_(str(tmp_path / "out"), str(tmp_path / "back"))
-    back = checkpoint.load_model(checkpoint.find(str(tmp_path / "back")))
+    back = hf.load(str(tmp_path / "back"))
     assert back.config == model.config
     assert all(torch.equal(p, back.state_dict()[name]) for name, p in model.state_dict().items())
     assert (tmp_path / "out" / "vocab.json").exists() == (vocab_size == 50257)
@@ -415,16 +474,17 @@ def test_export_undoes_import(source, tmp_path):
 
 
 def test_from_a_run_to_a_folder_and_back_into_every_script(tmp_path):
-    """Train, export, import; then generate.py, --init_from, and a refusal to go on with it as if it were a run."""
-    data, log = write_shards(tmp_path / "toy", {"train": [6000], "val": [2000]}), tmp_path / "log"
+    """Train, export, import; then load() and --init_from, and a refusal to resume it as a run."""
+    data = write_shards(tmp_path / "toy", {"train": [6000], "val": [2000]})
+    log = tmp_path / "log"
     args = [*map(str, (*TINY, "--data_root", data, "--log_dir", log, "--max_steps", "2"))]
     args[args.index("--vocab_size") + 1] = "50304"
     assert run("train_gpt2.py", "gpt2-baseline", *args, "--run_name", "a").returncode == 0
     done = run("hf.py", "export", log / "a", tmp_path / "out")
     assert done.returncode == 0 and "GPT2LMHeadModel, 50,257 rows" in done.stdout, done.stderr
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    records = [json.loads(line) for line in (log / "a" / "metrics.jsonl").read_text().splitlines()]
-    loss = [r["val/loss"] for r in records if "val/loss" in r][-1]
+    evaluations = [r for r in read_metrics(log / "a") if "val/loss" in r]
+    loss = evaluations[-1]["val/loss"]
     for words in (
         "# a\n",
         f"{loss:.4f} nats per token, at step 2",
@@ -436,33 +496,29 @@ def test_from_a_run_to_a_folder_and_back_into_every_script(tmp_path):
     done = run("hf.py", "import", tmp_path / "out", log / "b")
     assert done.returncode == 0 and "1,634,720 parameters" in done.stdout, done.stderr
     done = run("hf.py", "export", log / "b", tmp_path / "out")
-    assert (
-        done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    ), done.stderr
+    assert done.returncode == 2 and done.stderr.startswith("error: "), done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
 
-    trained = checkpoint.load_model(checkpoint.find(str(log / "a"))).state_dict()
+    trained = hf.load(str(log / "a")).state_dict()
     cfg, _ = from_command_line(
         ["gpt2-baseline", *args, "--run_name", "b", "--init_from", str(log / "b")]
     )
     for model in (
-        generate.load(str(log / "b")),
-        generate.load(str(tmp_path / "out")),
-        train_gpt2.build_model(cfg, print),
+        hf.load(str(log / "b")),
+        hf.load(str(tmp_path / "out")),
+        train_gpt2.build_model(cfg, None, World(0, 1, torch.device("cpu"))),
     ):
         assert model.config.vocab_size == 50257
         assert all(
             torch.equal(p, trained[name][: len(p)]) for name, p in model.state_dict().items()
         )
-    for cfg, name in (
-        (cfg, "b"),
-        (dataclasses.replace(cfg, run_name="c", resume=str(log / "b")), "c"),
-    ):
+    for other in (cfg, dataclasses.replace(cfg, run_name="c", resume=str(log / "b"))):
         with pytest.raises(UserError, match="weights from .*hint: --init_from"):
-            checkpoint.open_run(cfg, log / name, log / name / "ckpt", print)
+            records.find_checkpoint(other)
 
 
 def test_the_card_gives_the_evaluation_of_the_checkpoint(tmp_path):
-    """The last one up to its step, wherever the checkpoints are; no figures of another run or of a later step."""
+    """The last one up to its step, wherever the checkpoints are; no figures of other runs or steps."""
     model = make_model(vocab_size=97)
     record = {"val/loss": 4.0, "val/hella_norm": 0.25, "val/hella_se": 0.04}
     lines = [{"step": 2} | record, {"step": 3, "train/loss": 1.0}, {"step": 4, "val/loss": 1.0}]
@@ -481,7 +537,7 @@ def test_the_card_gives_the_evaluation_of_the_checkpoint(tmp_path):
     assert (
         cards[0] == cards[1]
         and "4.0000 nats per token, at step 2" in cards[0]
-        and "0.2500 \u00b1 0.0400" in cards[0]
+        and "0.2500 ± 0.0400" in cards[0]
     )
     assert "3 of 19,073 steps" in cards[2] and "nats" not in cards[2]
     (tmp_path / "r" / "metrics.jsonl").write_text("{\n")
@@ -521,7 +577,7 @@ def test_what_export_and_import_refuse(tmp_path, source, monkeypatch):
 
     for module, name, command, args in (
         (hf, "save_file", hf.export, ("run", "out")),
-        (os, "replace", hf.export, ("run", "out")),
+        (files.os, "replace", hf.export, ("run", "out")),
         (checkpoint, "save_file", hf.import_, (str(source[0]), "out")),
     ):
         with (
@@ -535,7 +591,23 @@ def test_what_export_and_import_refuse(tmp_path, source, monkeypatch):
     hf.export(str(tmp_path / "run"), str(tmp_path / "out"))  # into an empty directory
 
 
-# --------------------------------------------------------------------------------------------------------------------
+def test_a_field_that_the_exporter_does_not_know_is_refused():
+    """Today's fields are all known; one that is added to GPTConfig later is not exported silently."""
+    assert {f.name for f in dataclasses.fields(GPTConfig)} == hf.EXPORTED_FIELDS
+
+    @dataclasses.dataclass(frozen=True)
+    class LaterConfig(GPTConfig):
+        softcap: float = 30.0
+
+    for config, words in (
+        (LaterConfig(vocab_size=97, n_layer=1, n_head=2, n_embd=16), "softcap 30.0"),
+        (GPTConfig(vocab_size=97, n_layer=1, n_head=2, n_embd=16, arch="gpt5"), "arch 'gpt5'"),
+    ):
+        with pytest.raises(UserError, match=f"does not export models with {words}; hint: "):
+            hf.layout(GPT(config))
+
+
+# --------------------------------------------------------------------------------------------------
 # lm-eval
 
 
@@ -582,7 +654,8 @@ def lm_eval_choices(folder, task: str) -> list[tuple[int, int]]:
 )
 def test_lm_eval_on_an_export_chooses_as_hellaswag_py(tmp_path, shared, monkeypatch, preset, kind):
     """100 items of the shared set: a small model trained here, exported, scored by lm-eval; `hellaswag.py --protocol
-    harness` on the checkpoint makes the same choices, and its losses are equal to 1e-4 of their size.
+    harness` on the checkpoint makes the same choices, and its losses are equal to 1e-4 of their
+    size.
     """
     pytest.importorskip("lm_eval", reason="pip install lm-eval==0.4.13")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
@@ -646,7 +719,8 @@ def test_lm_eval_on_an_export_chooses_as_hellaswag_py(tmp_path, shared, monkeypa
     assert len(samples) == ours["items"] == 100 and ours["cut"] == 0
     for sample, item in zip(samples, ours["per_item"]):
         losses = [-float(r[0][0]) for r in sample["resps"]]
-        # a sum over tens of tokens: the padded rows that the export is without held about 1e-4 of the probability
+        # a sum over tens of tokens: the padded rows that the export is without held about 1e-4 of
+        # the probability
         torch.testing.assert_close(
             torch.tensor(item["losses"]), torch.tensor(losses), atol=1e-3, rtol=1e-4
         )
@@ -664,7 +738,7 @@ def test_lm_eval_on_an_export_chooses_as_hellaswag_py(tmp_path, shared, monkeypa
     assert len({item["acc_choice"] for item in ours["per_item"]}) == 4  # it is about something
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # load-hf-gpt2.ipynb (what it stores: test_notebooks.py)
 
 NOTEBOOK = ROOT / "load-hf-gpt2.ipynb"

@@ -1,126 +1,147 @@
-"""python -m pytest tests/test_study.py : which runs a study makes, and that it goes on where it stopped. Nothing is trained."""
+"""python -m pytest tests/test_study.py : which runs a study makes; stopped, it resumes."""
 
 import json
-from pathlib import Path
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
+import torch
+from conftest import ROOT, TINY, run, write_shards
 
-import study
-from config import UserError, from_command_line, problems
-from study import SEEDS, Study
-
-
-class Trainer:
-    """In the place of subprocess.Popen: notes the settings, and finishes the run with a loss that has its best at 1e-3 or 0.05."""
-
-    def __init__(self, monkeypatch, fails=()):
-        self.runs, self.fails = [], list(fails)
-        monkeypatch.setattr(study.subprocess, "Popen", self.start)
-        monkeypatch.setattr(study.signal, "signal", lambda *_: None)
-
-    def start(self, command):
-        cfg, _ = from_command_line(command[2:])
-        assert Path(command[1]).name == "train_gpt2.py" and problems(cfg, 1) == []
-        self.runs.append(cfg)
-        self.cfg, self.returncode = cfg, 75 if len(self.runs) in self.fails else 0
-        return self
-
-    def wait(self):
-        if self.returncode == 0:
-            loss = (
-                abs(self.cfg.max_lr / (0.05 if self.cfg.arch == "modern" else 1e-3) - 1)
-                + self.cfg.seed / 100
-            )
-            folder = Path(self.cfg.log_dir, self.cfg.run_name)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "finished.json").write_text(
-                json.dumps({"step": self.cfg.max_steps, "val_loss": loss})
-            )
-        return self.returncode
+import config
+from model import GPT, GPTConfig
+from runtime.command_line import UserError
+from study import INTERRUPTED, MINI, Study, commands
 
 
-@pytest.fixture
-def compared(monkeypatch):
-    """The directories that compare was called with."""
-    import compare
-
-    calls = []
-    monkeypatch.setattr(
-        compare, "main", lambda runs, **_: calls.append([Path(run).name for run in runs])
-    )
-    return calls
+def settings(study: Study, *more: str) -> list[config.TrainConfig]:
+    return [config.from_command_line(argv)[0] for argv in commands(study, list(more))]
 
 
-def test_the_runs_are_those_that_the_docstring_tells(monkeypatch, tmp_path, compared):
-    trainer = Trainer(monkeypatch)
-    study.main(Study("data", str(tmp_path)))
-    runs = {cfg.run_name: cfg for cfg in trainer.runs}
-    assert len(runs) == len(trainer.runs)  # each one once
-    rates = lambda preset: sorted(
-        {
-            cfg.max_lr
-            for cfg in trainer.runs
-            if cfg.preset == preset and cfg.seed == SEEDS[0] and cfg.data_order == "global"
-        }
-    )
-    assert rates("gpt2-rope") == [5e-4, 1e-3, 2e-3] and rates("gpt2-modern") == [
-        0.0125,
-        0.025,
-        0.05,
-        0.1,
-    ]  # past the edge
-    for name, lr in (("gpt2-baseline", 1e-3), ("gpt2-rope", 1e-3), ("gpt2-modern", 0.05)):
-        assert {cfg.seed for cfg in trainer.runs if cfg.preset == name and cfg.max_lr == lr} == set(
-            SEEDS
-        )
-    for cfg in trainer.runs:
-        assert cfg.total_batch == 8192 and cfg.seed == cfg.data_seed
-        assert cfg.max_steps * cfg.total_batch == (
-            1_048_576 // 2 if cfg.arch == "modern" else 1_048_576
-        )
-        if cfg.arch == "modern":
-            assert (cfg.embed_lr / cfg.max_lr, cfg.head_lr / cfg.max_lr) == pytest.approx(
-                (0.7 / 0.025, 0.004 / 0.025)
-            )
-            assert (
-                cfg.n_embd // cfg.n_head == 128
-                and cfg.optimizer == "muon"
-                and cfg.schedule == "constant_linear"
-            )
-        else:
-            assert cfg.warmup_steps == 6
-    assert sorted(
-        (cfg.preset, cfg.data_order) for cfg in trainer.runs if cfg.data_order != "global"
-    ) == [
-        ("gpt2-baseline", "sequential"),
-        ("gpt2-lr-inc", "documents"),
-        ("gpt2-periodicity-fix", "documents"),
-    ]
-    assert sorted(compared[0]) == sorted(runs) and compared[0][0] == "gpt2-baseline-0.001-seed1"
+def test_every_preset_rate_and_seed_is_a_run_of_its_own():
+    """Seeds of weights and data together; each run has its own name."""
+    runs = settings(Study(("gpt2-baseline", "gpt2-rope"), 3, (1e-3, 2e-3), max_steps=640))
+    assert len({cfg.run_name for cfg in runs}) == 12
+    assert {(cfg.preset, cfg.max_lr, cfg.seed) for cfg in runs} == {
+        (preset, lr, seed)
+        for preset in ("gpt2-baseline", "gpt2-rope")
+        for lr in (1e-3, 2e-3)
+        for seed in (1, 2, 3)
+    }
+    for cfg in runs:
+        assert cfg.seed == cfg.data_seed
+        assert cfg.max_steps == 640 and cfg.log_dir == "log/study"
+        assert cfg.min_lr == pytest.approx(0.1 * cfg.max_lr)
 
 
-def test_what_is_done_is_skipped_and_what_stopped_goes_on(monkeypatch, tmp_path, compared):
-    """The fifth run is interrupted: the study ends, and the same command begins with that one."""
-    trainer = Trainer(monkeypatch, fails=[5])
-    with pytest.raises(UserError, match="gpt2-baseline-0.0005-seed1 ended with status 75; hint: "):
-        study.main(Study("data", str(tmp_path), "sweep"))
-    assert len(trainer.runs) == 5 and not compared
-    study.main(Study("data", str(tmp_path), "sweep"))
-    names = [cfg.run_name for cfg in trainer.runs]
-    assert names[5] == names[4] and sorted(set(names)) == sorted(names[:4] + names[5:])
-    study.main(Study("data", str(tmp_path), "sweep"))
-    assert len(trainer.runs) == len(names) and compared[0] == compared[1]
+def test_mini_changes_the_size_and_not_what_a_preset_is_about():
+    """Heads as wide as in the preset; data order, optimizer and schedule are the preset's own."""
+    names = ("gpt2-baseline", "gpt2-periodicity-fix", "gpt2-swiglu", "gpt2-modern", "gpt2-xl")
+    for name, cfg in zip(names, settings(Study(names, max_steps=100))):
+        preset = config.preset(name)
+        assert cfg.n_embd // cfg.n_head == preset.n_embd // preset.n_head
+        for key in ("data_order", "optimizer", "schedule", "arch", "use_swiglu", "max_lr", "betas"):
+            assert getattr(cfg, key) == getattr(preset, key)
+        assert {key: getattr(cfg, key) for key in MINI} == MINI
 
 
 def test_the_size_is_what_it_says():
-    import torch
-
-    from model import GPT, GPTConfig
-
-    cfg = study.SHAPE
     for more in (dict(n_head=4), dict(n_head=2, arch="modern")):
+        shape = {key: MINI[key] for key in ("n_layer", "n_embd")}
         with torch.device("meta"):
-            model = GPT(
-                GPTConfig(block_size=cfg["T"], n_layer=cfg["n_layer"], n_embd=cfg["n_embd"], **more)
-            )
+            model = GPT(GPTConfig(block_size=MINI["T"], **shape, **more))
         assert sum(p.numel() for p in model.h.parameters()) >= 10e6
+
+
+def test_full_is_the_preset_as_it_is():
+    (cfg,) = settings(Study(("gpt2-rope",), scale="full", data_root="data/x"))
+    changes = dict(run_name=cfg.run_name, log_dir="log/study", seed=1, data_seed=1)
+    assert cfg == config.preset("gpt2-rope", data_root="data/x", **changes)
+
+
+def test_muon_keeps_the_ratios_of_its_rates():
+    preset = config.preset("gpt2-modern")
+    (cfg,) = settings(Study(("gpt2-modern",), max_lr=(0.05,)))
+    assert cfg.max_lr == 0.05
+    for rate in ("embed_lr", "head_lr"):
+        ratio = getattr(preset, rate) / preset.max_lr
+        assert getattr(cfg, rate) / cfg.max_lr == pytest.approx(ratio)
+
+
+def test_more_settings_are_passed_through_and_win():
+    (cfg,) = settings(Study(("gpt2-rope",)), "--hellaswag_limit", "7", "--weight_decay", "0.2")
+    assert (cfg.hellaswag_limit, cfg.weight_decay) == (7, 0.2)
+
+
+@pytest.mark.parametrize(
+    "study, more, words",
+    [
+        (Study(), [], "0 presets and 1 seeds"),
+        (Study(("gpt2-rope",), seeds=0), [], "1 presets and 0 seeds"),
+        (Study(("gpt2-rop",)), [], "did you mean gpt2-rope"),
+        (Study(("gpt2-rope",)), ["--sed", "1"], "no option --sed"),
+        (Study(("gpt2-rope",), max_lr=(-1.0,)), [], "max_lr is -1.0"),
+        (Study(("gpt2-baseline", "gpt2-rope")), ["--B", "7"], "is not a multiple of B x T"),
+    ],
+)
+def test_mistakes_are_found_before_the_first_run(study, more, words):
+    with pytest.raises(UserError) as e:
+        commands(study, more)
+    message = str(e.value)
+    assert words in message and "hint: " in message and "\n" not in message
+
+
+def test_a_run_that_fails_ends_the_study(tmp_path):
+    done = run("study.py", "gpt2-rope", "--data_root", tmp_path, "--log_dir", tmp_path / "log")
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    *_, of_the_run, of_the_study = done.stderr.splitlines()
+    assert of_the_run.startswith("error: no train shards")
+    assert of_the_study.startswith("error: gpt2-rope-0.0018-seed1 ended with status 2; hint: ")
+
+
+def losses(run_dir) -> dict[int, float]:
+    """Return train/loss by step; each step stands in metrics.jsonl once."""
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [(r["step"], r["train/loss"]) for r in records if "train/loss" in r]
+    assert len(dict(steps)) == len(steps)
+    return dict(steps)
+
+
+def test_a_stopped_study_resumes_and_skips_what_is_finished(tmp_path):
+    """SIGTERM to the study alone, in its second run; the same command makes the rest."""
+    data = write_shards(tmp_path / "toy", {"train": [20000], "val": [2000]}, ids=512)
+    log = tmp_path / "log"
+    argv = ["study.py", "gpt2-rope", "--seeds", 2, "--scale", "full", "--max_steps", 200]
+    argv += ["--data_root", data, "--log_dir", log, "--", *TINY]
+    first, second = (log / f"gpt2-rope-0.0018-seed{seed}" for seed in (1, 2))
+    with open(tmp_path / "output", "w") as output:
+        study = subprocess.Popen(
+            [sys.executable, *map(str, argv)],
+            cwd=ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+    deadline = time.monotonic() + 200
+    while not ((second / "metrics.jsonl").exists() and len(losses(second)) >= 5):
+        assert study.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    study.send_signal(signal.SIGTERM)
+    assert study.wait(60) == INTERRUPTED
+    output = (tmp_path / "output").read_text()
+    assert "to resume: the same command again" in output, output
+    assert (first / "finished.json").exists() and not (second / "finished.json").exists()
+    before = losses(second)
+    assert 5 <= len(before) < 200
+    modified = (first / "metrics.jsonl").stat().st_mtime_ns
+
+    done = run(*argv)
+    assert done.returncode == 0, done.stderr
+    assert "already finished" in done.stdout
+    assert (first / "metrics.jsonl").stat().st_mtime_ns == modified
+    after = losses(second)
+    assert len(after) == 200 and before.items() <= after.items()
+    assert "| gpt2-rope | 2 |" in done.stdout and (log / "compare.png").exists()
