@@ -58,7 +58,7 @@ class Comparison:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class LoggedRun:
     """What a run directory holds."""
 
     name: str
@@ -84,7 +84,7 @@ class Group:
     """Runs with the same settings and different seeds."""
 
     name: str  # the preset, and the settings that tell it from other groups
-    runs: list[Run]
+    runs: list[LoggedRun]
 
     @property
     def losses(self) -> list[float]:
@@ -103,7 +103,7 @@ class Group:
 # reading
 
 
-def read(run_dir: str, x: str) -> Run:
+def read_run(run_dir: str, x: str) -> LoggedRun:
     """Read a run. Raises UserError for a directory without one, or without a trained evaluation."""
     fields = {f.name for f in dataclasses.fields(TrainConfig)}
     try:
@@ -124,7 +124,7 @@ def read(run_dir: str, x: str) -> Run:
         )
     if x == "time" and not steps:
         raise UserError(f"{run_dir} has no times of its steps; hint: --x step or --x tokens")
-    return Run(
+    return LoggedRun(
         name=Path(run_dir).resolve().name,
         cfg=cfg,
         train=points(steps, "train/loss", x, cfg, steps),
@@ -145,7 +145,7 @@ def points(records: list[dict], key: str, x: str, cfg: dict, steps: list[dict]) 
     return np.stack([at, np.array([r[key] for r in records], float)], axis=1)
 
 
-def grouped(runs: list[Run]) -> list[Group]:
+def grouped(runs: list[LoggedRun]) -> list[Group]:
     """Group the runs whose settings are the same but for seeds and what does not matter."""
     fields = [f.name for f in dataclasses.fields(TrainConfig)]
     decisive = [name for name in fields if name not in FREE_ON_RESUME | {"seed", "data_seed"}]
@@ -200,8 +200,8 @@ def table(groups: list[Group], s: float | None) -> str:
         away = distance(group.mean - groups[0].mean, s) if i else ""
         speeds = [run.tok_s for run in group.runs if run.tok_s is not None]
         speed = f"{statistics.median(speeds):,.0f}" if speeds else "-"
-        cells = group.name, seeds, f"{group.runs[0].tokens[-1]:,}", loss, away, hellaswag(group)
-        lines.append(f"| {' | '.join(cells)} | {speed} |")
+        cells = [group.name, seeds, f"{group.runs[0].tokens[-1]:,}", loss, away]
+        lines.append(f"| {' | '.join([*cells, hellaswag_score(group), speed])} |")
     return "\n".join(lines)
 
 
@@ -211,10 +211,12 @@ def distance(difference: float, s: float | None) -> str:
         return f"{difference:+.4f} (one seed each)"
     if abs(difference) <= 2 * s:
         return f"{difference:+.4f} no difference"
-    return f"{difference:+.4f} ({abs(difference) / s:.1f} s)" if s else f"{difference:+.4f}"
+    if s == 0:
+        return f"{difference:+.4f}"
+    return f"{difference:+.4f} ({abs(difference) / s:.1f} s)"
 
 
-def hellaswag(group: Group) -> str:
+def hellaswag_score(group: Group) -> str:
     """Return a group's mean acc_norm and its standard error.
 
     The items are the same for all seeds, so more seeds do not make that error smaller.
@@ -228,7 +230,7 @@ def hellaswag(group: Group) -> str:
     return f"{statistics.mean(scores):.4f}{error}"
 
 
-def verdict(run: Run, reference: Run, band: float) -> str:
+def verdict(run: LoggedRun, reference: LoggedRun, band: float) -> str:
     """Tell whether a run's validation loss stays in the band of a reference, or where it leaves it.
 
     Compared by training tokens, at the run's evaluations from the reference's first one on.
@@ -243,8 +245,8 @@ def verdict(run: Run, reference: Run, band: float) -> str:
             f"{tokens[0]:,} and {tokens[-1]:,} training tokens"
         )
     actual = run.val[compared, 1]
-    # in log tokens, where loss curves are nearly straight: in tokens the expected loss would be 2
-    # to 3% too high half-way between the first points of the published baseline
+    # in log tokens, where loss curves are nearly straight: in tokens the expected loss would be up
+    # to 3% too high between the points of the published baseline
     expected = np.interp(np.log(run.tokens[compared]), np.log(tokens), losses)
     off = actual / expected - 1
     outside = np.flatnonzero(~(abs(off) <= band))  # a NaN is outside
@@ -256,7 +258,9 @@ def verdict(run: Run, reference: Run, band: float) -> str:
         )
     i = outside[0]
     step = run.tokens[compared][i] // run.cfg["total_batch"]
-    direction = "below it (better)" if off[i] < 0 else "above it"
+    direction = "above it" if off[i] > 0 else "below it (better)"
+    if np.isnan(off[i]):
+        direction = "no longer a number"
     settings = differences(TrainConfig(**run.cfg), reference.cfg)
     return (
         f"{run.name} leaves the band of {reference.name} at step {step:,}, {direction}: val loss "
@@ -302,7 +306,7 @@ def picture(groups: list[Group], x: str, out: str):
     right.set_title("each seed, and the mean (bar)", fontsize=10)
     right.set_yticklabels([group.name for group in groups], fontsize=9)
     right.invert_yaxis()
-    finish(fig, out)
+    save_figure(fig, out)
 
 
 def limits(losses: list[float]) -> tuple[float, float]:
@@ -345,10 +349,10 @@ def curves(run_dir: str | Path):
         ax.set_xlabel(AXES["step"])
         if ax.get_legend_handles_labels()[0]:
             ax.legend(frameon=False)
-    finish(fig, Path(run_dir) / "curves.png")
+    save_figure(fig, Path(run_dir) / "curves.png")
 
 
-def finish(fig, path: str | Path):
+def save_figure(fig, path: str | Path):
     for ax in fig.axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.3)
@@ -362,7 +366,7 @@ def finish(fig, path: str | Path):
 def main(args: Comparison):
     if not args.runs:
         raise UserError("no run to compare; hint: python compare.py log/a log/b")
-    runs = [read(run_dir, args.x) for run_dir in dict.fromkeys(args.runs)]
+    runs = [read_run(run_dir, args.x) for run_dir in dict.fromkeys(args.runs)]
     groups = grouped(runs)
     out = args.out if len(runs) > 1 else Path(args.runs[0]) / "curves.png"
     if len(runs) > 1:
@@ -374,7 +378,7 @@ def main(args: Comparison):
             meaning = "standard deviation of one run within its group, pooled"
             say(f"s = {s:.4f}: {meaning}; no difference: within 2 s")
     if args.reference:
-        reference = read(args.reference, "step")
+        reference = read_run(args.reference, "step")
         for run in runs:
             say(f"reference | {verdict(run, reference, args.band)}")
     try:

@@ -37,13 +37,13 @@ MINI = dict(
     n_samples=0,
     wandb="off",
 )
-INTERRUPTED = 75  # train_gpt2.py's exit status when a signal stopped it
 
 
 @dataclass(frozen=True)
 class Study:
     """Train presets with several seeds and learning rates, one run after the other."""
 
+    # as `train_gpt2.py --help` lists them; after `--`: settings of train_gpt2.py for all runs
     presets: tyro.conf.Positional[tuple[str, ...]] = ()
     seeds: int = 1  # runs of each setting: seeds 1, 2, ... of weights and data order
     # peak learning rates, the preset's own unless given; Muon's other rates keep their ratio to it
@@ -94,7 +94,10 @@ def run_settings(study: Study, preset: config.TrainConfig, max_lr: float, seed: 
 
 def train_all(argvs: list[list[str]]):
     """Train all runs. A signal stops the present run with a checkpoint, and then the study."""
-    process, stopped = None, False
+    from runtime.stop import INTERRUPTED  # imports torch: errors in settings come before
+
+    process = None
+    stopped = False
 
     def stop(number, frame):
         nonlocal stopped
@@ -136,7 +139,7 @@ def main():
     study = parse(Study, args=argv)
     argvs = commands(study, more)
     train_all(argvs)
-    import compare  # imports torch, which takes 2 s: errors in settings come before
+    import compare  # imports torch, too
 
     runs = tuple(str(config.from_command_line(argv)[0].run_dir) for argv in argvs)
     out = str(Path(study.log_dir, "compare.png"))

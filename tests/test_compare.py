@@ -150,7 +150,8 @@ def test_each_run_is_told_whether_it_is_in_the_band_of_a_reference(make, tmp_pat
     assert "max_lr 0.0006 -> 0.0018" in lines[1] and "data_order sequential" in lines[1]
     assert "at step 5, below it (better): val loss 8.5000, expected 8.7500" in lines[2]
     assert "other settings: none" in lines[2]
-    assert "nan leaves the band of ref at step 5" in lines[3] and "4 of 4" in lines[3]
+    assert "nan leaves the band of ref at step 5, no longer a number: val loss nan" in lines[3]
+    assert "outside at 4 of 4" in lines[3]
     show(tmp_path, inside, above, reference=reference, band=0.1)
     assert [line.split(":")[0] for line in verdicts(capsys)] == [
         "in is healthy",
@@ -209,7 +210,7 @@ def test_the_published_baseline_is_a_reference_that_ships(tmp_path, capsys):
 def test_the_axes_count_what_they_say(make):
     """20 steps of 1,000 tokens and 3 seconds."""
     folder = make("a", "gpt2-baseline", 5.0)
-    ends = [compare.read(folder, x).val[-1, 0] for x in ("step", "tokens", "time")]
+    ends = [compare.read_run(folder, x).val[-1, 0] for x in ("step", "tokens", "time")]
     assert ends == pytest.approx([20, 0.02, 1.0])
 
 

@@ -8,7 +8,6 @@ ones, and the hub is a stand-in.
 import dataclasses
 import gzip
 import json
-import os
 import shutil
 
 import huggingface_hub
@@ -41,7 +40,7 @@ IDS = torch.randint(97, (2, 16), generator=torch.Generator().manual_seed(0))
 def write_source(
     folder, shard_size="50GB", dtype=torch.float32, **changes
 ) -> transformers.GPT2LMHeadModel:
-    """A random GPT2LMHeadModel, saved by its own save_pretrained; no weight at its initial value."""
+    """A random GPT2LMHeadModel, saved by its save_pretrained; no weight at its initial value."""
     torch.manual_seed(1)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**SHAPE | changes)).eval()
     with torch.no_grad():
@@ -109,7 +108,10 @@ def test_logits_equal_the_source(source):
 
 
 def test_the_import_is_a_model_to_train(source, tmp_path):
-    """Nothing is drawn from the random generator, and the memory is its own: a map of the file would change with it."""
+    """Nothing is drawn from the random generator, and the memory is its own.
+
+    Memory-mapped weights would change with the file.
+    """
     path = shutil.copytree(source[0], tmp_path / "source") / "model.safetensors"
     state = torch.random.get_rng_state()
     ours = hf.from_pretrained(str(path.parent))
@@ -124,7 +126,10 @@ def test_the_import_is_a_model_to_train(source, tmp_path):
 
 
 def test_older_names_masks_and_a_stored_head(copied, source):
-    """As OpenAI's files on the hub: no "transformer." before the names, causal masks stored; a head may be, too."""
+    """As OpenAI's files on the hub: no "transformer." before the names, causal masks stored.
+
+    A head may be stored, too.
+    """
 
     def edit(weights):
         weights = {k.removeprefix("transformer."): w for k, w in weights.items()}
@@ -260,17 +265,16 @@ def test_config_that_model_py_cannot_represent(copied, changes, named):
     assert named in refusal(copied)
 
 
-def test_all_that_is_wrong_is_told_at_once(copied):
+def test_all_that_is_wrong_is_reported_at_once(copied):
     edit_config(copied, activation_function="relu", layer_norm_epsilon=1e-6)
-    assert "'relu'" in (message := refusal(copied)) and "1e-06" in message
+    message = refusal(copied)
+    assert "'relu'" in message and "1e-06" in message
 
 
 def test_weights_that_do_not_fit_the_config(copied):
     edit_config(copied, n_embd=96)
-    assert (
-        "h.0.attn.c_attn.bias (144,), expected (288,)" in (message := refusal(copied))
-        and "(28 such)" in message
-    )
+    message = refusal(copied)
+    assert "h.0.attn.c_attn.bias (144,), expected (288,)" in message and "(28 such)" in message
     edit_config(copied, n_embd=48, n_layer=3)
     assert "h.2.attn.c_attn.bias missing, expected (144,)" in refusal(copied)
     edit_config(copied, n_layer=1)
@@ -356,7 +360,7 @@ def save(model, folder, **state):
 
 
 def reload(folder):
-    """As a user would: through the Auto classes, which must find every weight and have no use left for any other."""
+    """As a user would: through the Auto classes, which must find every weight and no other."""
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         folder, output_loading_info=True
     )
@@ -367,29 +371,27 @@ def reload(folder):
 @pytest.fixture(scope="module", params=KINDS)
 def exported(request, tmp_path_factory):
     """Our model, the folder of its export, and the class expected there."""
-    folder, (switches, kind) = tmp_path_factory.mktemp(request.param), KINDS[request.param]
-    save(model := make_model(**switches), folder / "run")
+    folder = tmp_path_factory.mktemp(request.param)
+    switches, kind = KINDS[request.param]
+    model = make_model(**switches)
+    save(model, folder / "run")
     hf.export(str(folder / "run"), str(folder / "out"))
     return model, folder / "out", kind
 
 
 @torch.no_grad()
 def test_the_reloaded_model_has_our_logits(exported):
-    """Over the whole context, to 1e-4 where logits spread over nats; the padded rows of the vocabulary are gone."""
+    """Over the whole context, to 1e-4 where logits spread over nats; no padded vocabulary."""
     model, folder, kind = exported
-    theirs, ids = (
-        reload(folder),
-        torch.randint(50257, (2, 24), generator=torch.Generator().manual_seed(0)),
-    )
+    theirs = reload(folder)
+    ids = torch.randint(50257, (2, 24), generator=torch.Generator().manual_seed(0))
     ours = model(ids)[..., :50257]
     assert type(theirs) is kind and theirs.dtype == torch.float32 and ours.std() > 1
     torch.testing.assert_close(theirs(ids).logits, ours, atol=1e-4, rtol=0)
-    assert model.num_params() - theirs.num_parameters() == (50304 - 50257) * 48 * (
-        2 if model.config.modern else 1
-    )
-    assert (theirs.lm_head.weight is theirs.get_input_embeddings().weight) == (
-        not model.config.modern
-    )
+    tied = theirs.lm_head.weight is theirs.get_input_embeddings().weight
+    assert tied != model.config.modern
+    matrices = 1 if tied else 2
+    assert model.num_params() - theirs.num_parameters() == (50304 - 50257) * 48 * matrices
 
 
 @torch.no_grad()
@@ -407,7 +409,7 @@ def test_greedy_continuations_are_the_same(exported):
 
 
 def test_the_tokenizer_is_ours(exported):
-    """Same ids and text again, offline, special token included, from either of the two forms that are written."""
+    """Same ids and text, offline, special token included, from either of the two written forms."""
     texts = [
         "Hello world  two\n\n\tthree   ",
         "na\u00efve \u65e5\u672c\u8a9e \U0001f3f3\ufe0f\u200d\U0001f308 'll don't",
@@ -421,16 +423,10 @@ def test_the_tokenizer_is_ours(exported):
         theirs = transformers.AutoTokenizer.from_pretrained(exported[1])
         for text in texts:
             ids = theirs(text)["input_ids"]
-            assert (
-                ids == tokenizer.gpt2().encode(text, allowed_special="all")
-                and theirs.decode(ids) == text
-            )
-        assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs), theirs.model_max_length) == (
-            50256,
-            50256,
-            50257,
-            24,
-        )
+            assert ids == tokenizer.gpt2().encode(text, allowed_special="all")
+            assert theirs.decode(ids) == text
+        assert (theirs.bos_token_id, theirs.eos_token_id) == (50256, 50256)
+        assert (len(theirs), theirs.model_max_length) == (50257, 24)
         if name:
             (exported[1] / name).rename(exported[1].parent / name)
         else:
@@ -439,21 +435,17 @@ def test_the_tokenizer_is_ours(exported):
 
 def test_sampling_settings_and_modes(exported):
     sampling = transformers.GenerationConfig.from_pretrained(exported[1])
-    assert (sampling.eos_token_id, sampling.do_sample, sampling.temperature, sampling.top_k) == (
-        50256,
-        True,
-        1.0,
-        50,
-    )
-    assert (
-        len({path.stat().st_mode for path in exported[1].iterdir()}) == 1
-    )  # what may read one file may read all
+    assert (sampling.eos_token_id, sampling.do_sample) == (50256, True)
+    assert (sampling.temperature, sampling.top_k) == (1.0, 50)
+    modes = {path.stat().st_mode for path in exported[1].iterdir()}
+    assert len(modes) == 1  # who may read one file may read all
 
 
 @pytest.mark.parametrize("vocab_size", [97, 50257])
 def test_import_undoes_export(tmp_path, vocab_size):
-    """Bit for bit, through files and the command's own functions; a small vocabulary keeps its rows and has no tokenizer."""
-    save(model := make_model(vocab_size=vocab_size), tmp_path / "run")
+    """Bit-identical, through files; a small vocabulary keeps its rows and has no tokenizer."""
+    model = make_model(vocab_size=vocab_size)
+    save(model, tmp_path / "run")
     hf.export(str(tmp_path / "run"), str(tmp_path / "out"))
     hf.import_(str(tmp_path / "out"), str(tmp_path / "back"))
     back = hf.load(str(tmp_path / "back"))
@@ -518,7 +510,7 @@ def test_from_a_run_to_a_folder_and_back_into_every_script(tmp_path):
 
 
 def test_the_card_gives_the_evaluation_of_the_checkpoint(tmp_path):
-    """The last one up to its step, wherever the checkpoints are; no figures of other runs or steps."""
+    """The last one up to its step, wherever the checkpoints are; nothing of other runs."""
     model = make_model(vocab_size=97)
     record = {"val/loss": 4.0, "val/hella_norm": 0.25, "val/hella_se": 0.04}
     lines = [{"step": 2} | record, {"step": 3, "train/loss": 1.0}, {"step": 4, "val/loss": 1.0}]
@@ -528,17 +520,13 @@ def test_the_card_gives_the_evaluation_of_the_checkpoint(tmp_path):
     )
     config = dict(log_dir=str(tmp_path), run_name="r", data_root="data/toy", hellaswag_limit=100)
     cards = []
-    for i, (place, ckpt_dir) in enumerate(
-        (("r", ""), ("far", str(tmp_path / "far" / "ckpt")), ("copied", ""))
-    ):
+    for place, ckpt_dir in (("r", ""), ("far", str(tmp_path / "far" / "ckpt")), ("copied", "")):
         path = save(model, tmp_path / place, config=config | dict(ckpt_dir=ckpt_dir))
-        hf.export(str(path), str(tmp_path / f"out{i}"))
-        cards.append((tmp_path / f"out{i}" / "README.md").read_text(encoding="utf-8"))
-    assert (
-        cards[0] == cards[1]
-        and "4.0000 nats per token, at step 2" in cards[0]
-        and "0.2500 ± 0.0400" in cards[0]
-    )
+        out = tmp_path / f"out-{place}"
+        hf.export(str(path), str(out))
+        cards.append((out / "README.md").read_text(encoding="utf-8"))
+    assert cards[0] == cards[1]
+    assert "4.0000 nats per token, at step 2" in cards[0] and "0.2500 ± 0.0400" in cards[0]
     assert "3 of 19,073 steps" in cards[2] and "nats" not in cards[2]
     (tmp_path / "r" / "metrics.jsonl").write_text("{\n")
     with pytest.raises(UserError, match="metrics.jsonl cannot be read.*hint: "):
@@ -551,9 +539,8 @@ def test_what_export_and_import_refuse(tmp_path, source, monkeypatch):
     save(make_model(vocab_size=97, use_rope=True, use_swiglu=True), tmp_path / "swiglu")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("kept")
-    (
-        damaged := save(make_model(vocab_size=97), tmp_path / "damaged") / "model.safetensors"
-    ).write_bytes(b"0" * 100)
+    damaged = save(make_model(vocab_size=97), tmp_path / "damaged")
+    (damaged / "model.safetensors").write_bytes(b"0" * 100)
     before = sorted(tmp_path.rglob("*"))
     for command, args, words in (
         (hf.export, ("swiglu", "out"), "SwiGLU with LayerNorm and biases"),
@@ -563,7 +550,7 @@ def test_what_export_and_import_refuse(tmp_path, source, monkeypatch):
         (hf.import_, (str(source[0]), "full"), "is there already"),
         (hf.import_, ("nowhere", "out"), "neither a folder nor"),
         (hf.export, ("run", "full/file/out"), "cannot write"),
-        (hf.export, (str(damaged.parent), "out"), "is damaged"),
+        (hf.export, (str(damaged), "out"), "is damaged"),
         (hf.export, ("run", "/"), "is there already"),
     ):
         with pytest.raises(UserError) as e:
@@ -592,7 +579,7 @@ def test_what_export_and_import_refuse(tmp_path, source, monkeypatch):
 
 
 def test_a_field_that_the_exporter_does_not_know_is_refused():
-    """Today's fields are all known; one that is added to GPTConfig later is not exported silently."""
+    """Today's fields are all known; one added to GPTConfig later is not exported silently."""
     assert {f.name for f in dataclasses.fields(GPTConfig)} == hf.EXPORTED_FIELDS
 
     @dataclasses.dataclass(frozen=True)
@@ -611,30 +598,49 @@ def test_a_field_that_the_exporter_does_not_know_is_refused():
 # lm-eval
 
 
+TASK = """task: exported
+output_type: multiple_choice
+validation_split: validation
+doc_to_text: "{{{{activity_label}}}}: {{{{ctx}}}}"
+doc_to_target: "{{{{label}}}}"
+doc_to_choice: endings
+metric_list:
+  - metric: acc
+  - metric: acc_norm
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    validation: {items}
+"""
+
+
 def lm_eval_choices(folder, task: str) -> list[tuple[int, int]]:
-    """acc and acc_norm of each item by lm-eval, on what AutoModelForCausalLM and AutoTokenizer open from a folder."""
+    """acc and acc_norm of each item by lm-eval, on what the Auto classes open from a folder."""
     import lm_eval
     from lm_eval.api.model import TemplateLM
     from lm_eval.tasks import TaskManager
 
-    model, encoder = reload(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    model = reload(folder)
+    encoder = transformers.AutoTokenizer.from_pretrained(folder)
 
-    class Exported(
-        TemplateLM
-    ):  # lm-eval's own class for transformers needs accelerate, and adds batching alone
+    class Exported(TemplateLM):
+        """lm-eval's own class for transformers needs accelerate, and only adds batching."""
+
         eot_token_id = encoder.eos_token_id
-        tok_encode = lambda self, text, add_special_tokens=None, **_: encoder(text)["input_ids"]
+        loglikelihood_rolling = None
+        generate_until = None
+
+        def tok_encode(self, text, add_special_tokens=None, **_):
+            return encoder(text)["input_ids"]
 
         @torch.no_grad()
         def _loglikelihood_tokens(self, requests, **_):
-            found = []
+            results = []
             for _, context, ending in requests:
                 log_p = model(torch.tensor([(context + ending)[:-1]])).logits[0].log_softmax(-1)
-                at = log_p[-len(ending) :].gather(1, torch.tensor(ending)[:, None])
-                found.append((at.sum().item(), False))
-            return found
-
-        loglikelihood_rolling = generate_until = None
+                chosen = log_p[-len(ending) :].gather(1, torch.tensor(ending)[:, None])
+                results.append((chosen.sum().item(), False))
+            return results
 
     (folder / "exported.yaml").write_text(task)
     tasks = TaskManager(include_path=str(folder), include_defaults=False)
@@ -653,69 +659,43 @@ def lm_eval_choices(folder, task: str) -> list[tuple[int, int]]:
     "preset, kind", [("gpt2-baseline", "GPT2LMHeadModel"), ("gpt2-rope", "Starcoder2ForCausalLM")]
 )
 def test_lm_eval_on_an_export_chooses_as_hellaswag_py(tmp_path, shared, monkeypatch, preset, kind):
-    """100 items of the shared set: a small model trained here, exported, scored by lm-eval; `hellaswag.py --protocol
-    harness` on the checkpoint makes the same choices, and its losses are equal to 1e-4 of their
-    size.
+    """100 items of the shared set: a small model trained here, exported, scored by lm-eval.
+
+    `hellaswag.py --protocol harness` on the checkpoint makes the same choices, and its losses are
+    equal to 1e-4 of their size.
     """
     pytest.importorskip("lm_eval", reason="pip install lm-eval==0.4.13")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    text, items, log = tmp_path / "text.txt", tmp_path / "items.jsonl", tmp_path / "log"
+    text, items = tmp_path / "text.txt", tmp_path / "items.jsonl"
     text.write_text((shared / "tinyshakespeare.txt").read_text())
-    raw = gzip.open(shared / "hellaswag_val.jsonl.gz", "rt", encoding="utf-8").readlines()
+    with gzip.open(shared / "hellaswag_val.jsonl.gz", "rt", encoding="utf-8") as f:
+        raw = f.readlines()
     items.write_text("".join(raw[:: len(raw) // 100][:100]), encoding="utf-8")
     assert run("prepare.py", "files", text, "--out", tmp_path / "data").returncode == 0
-    args = [
-        *TINY,
-        "--data_root",
-        tmp_path / "data",
-        "--log_dir",
-        log,
-        "--max_steps",
-        "60",
-        "--run_name",
-        "r",
-        "--max_lr",
-        "3e-3",
-    ]
-    for name, value in (
-        ("--vocab_size", "50304"),
-        ("--n_embd", "64"),
-        ("--T", "256"),
-        ("--total_batch", "1024"),
-        ("--log_interval", "60"),
-    ):
-        args[args.index(name) + 1] = value
-    assert (done := run("train_gpt2.py", preset, *args)).returncode == 0, done.stderr
-    assert (
-        done := run("hf.py", "export", log / "r", tmp_path / "out")
-    ).returncode == 0 and kind in done.stdout, done.stderr
-    done = run(
-        "hellaswag.py",
-        "--model",
-        log / "r",
-        "--data",
-        items,
-        "--protocol",
-        "harness",
-        "--out",
-        tmp_path / "ours.json",
-        "--per_item",
-        "True",
-        "--dtype",
-        "float32",
-        "--device",
-        "cpu",
-    )
+
+    settings = dict(zip(TINY[::2], TINY[1::2])) | {
+        "--data_root": tmp_path / "data",
+        "--log_dir": tmp_path / "log",
+        "--run_name": "r",
+        "--max_steps": 60,
+        "--max_lr": 3e-3,
+        "--vocab_size": 50304,
+        "--n_embd": 64,
+        "--T": 256,
+        "--total_batch": 1024,
+        "--log_interval": 60,
+    }
+    options = [x for option in settings.items() for x in option]
+    done = run("train_gpt2.py", preset, *options)
     assert done.returncode == 0, done.stderr
-    ours = json.loads((tmp_path / "ours.json").read_text())
-    samples = lm_eval_choices(
-        tmp_path / "out",
-        (
-            'task: exported\noutput_type: multiple_choice\nvalidation_split: validation\ndoc_to_text: "{{activity_label}}: {{ctx}}"\n'
-            'doc_to_target: "{{label}}"\ndoc_to_choice: endings\nmetric_list:\n  - metric: acc\n  - metric: acc_norm\n'
-            f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    validation: {items}\n"
-        ),
-    )
+    done = run("hf.py", "export", tmp_path / "log" / "r", tmp_path / "out")
+    assert done.returncode == 0 and kind in done.stdout, done.stderr
+    out = tmp_path / "ours.json"
+    options = f"--protocol harness --out {out} --per_item True --dtype float32 --device cpu".split()
+    done = run("hellaswag.py", "--model", tmp_path / "log" / "r", "--data", items, *options)
+    assert done.returncode == 0, done.stderr
+    ours = json.loads(out.read_text())
+    samples = lm_eval_choices(tmp_path / "out", TASK.format(items=items))
     assert len(samples) == ours["items"] == 100 and ours["cut"] == 0
     for sample, item in zip(samples, ours["per_item"]):
         losses = [-float(r[0][0]) for r in sample["resps"]]
@@ -753,7 +733,7 @@ def printed(notebook) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("hub", [False, True])
 def test_the_notebook_runs(tmp_path, monkeypatch, hub):
-    """Without the hub, and with a stand-in of GPT-2's vocabulary and context for what would come from it."""
+    """Without the hub, and with a stand-in of GPT-2's vocabulary and context in its place."""
     write_source(tmp_path / "gpt2", vocab_size=50257, n_positions=1024)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path))

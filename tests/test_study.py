@@ -14,7 +14,8 @@ from conftest import ROOT, TINY, run, write_shards
 import config
 from model import GPT, GPTConfig
 from runtime.command_line import UserError
-from study import INTERRUPTED, MINI, Study, commands
+from runtime.stop import INTERRUPTED
+from study import MINI, Study, commands
 
 
 def settings(study: Study, *more: str) -> list[config.TrainConfig]:
