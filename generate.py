@@ -1,23 +1,24 @@
 """Sample from a model.
 
-    python generate.py                                             the newest run in log/, prompts typed at the terminal
+    python generate.py                    the newest run in log/, prompts typed at the terminal
     python generate.py --model log/shakespeare --prompt "ROMEO:" --n 2 --max_new_tokens 300
-    python generate.py --model gpt2 --prompt "Hello, I'm a language model," "Once upon a time" --temperature 0.8
-    python generate.py --file prompts.txt --stop $'\\n\\n' --json True > out.jsonl       one prompt a line; - = stdin
+    python generate.py --model gpt2 --prompt "Hello, I'm a" "Once upon a time" --temperature 0.8
+    python generate.py --file prompts.txt --stop $'\\n\\n' --json True > out.jsonl
 
-Sample i of a prompt is a function of (model, prompt, seed, i) and of how it is drawn: it depends neither on the other
-prompts nor on how many samples there are.
+A file has one prompt per line; "-" is stdin. Sample i of a prompt is a function of (model, prompt,
+seed, i) and the sampling settings: it depends neither on the other prompts nor on the number of
+samples.
 """
 
 import codecs
-import collections
 import json
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterator, Literal
+from typing import Literal
 
 import torch
 
@@ -29,7 +30,7 @@ from runtime.command_line import UserError, one_line, parse, run_script
 from runtime.device import autocast_dtype, compile_error, pick_device
 from tokenizer import EOT, N_VOCAB, gpt2
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # from tokens to tokens
 
 
@@ -39,63 +40,65 @@ class Sampling:
 
     temperature: float = 1.0  # below 1 sharper, above 1 flatter, 0 always the likeliest token
     top_k: int = 50  # draw among the k likeliest tokens; 0 = all
-    top_p: float = (
-        1.0  # draw among the likeliest tokens that together have this probability; 1 = all
-    )
+    # draw among the likeliest tokens that together have this probability; 1 = all
+    top_p: float = 1.0
     seed: int = 42  # same seed, same text
 
 
 def uniforms(seed: int, n: int, steps: int) -> torch.Tensor:
-    """The random numbers in [0, 1) of n samples, (n, steps): each row from a generator of its own, on the CPU."""
+    """Draw numbers in [0, 1) for n samples, (n, steps), each row from its own CPU generator."""
     generators = [torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**63) for i in range(n)]
     return torch.stack([torch.rand(steps, generator=g, dtype=torch.float64) for g in generators])
 
 
-def draw(logits: torch.Tensor, u: torch.Tensor, how: Sampling) -> torch.Tensor:
-    """Next ids (B,) for logits (B, V): where the cumulative distribution passes u (B,).
+def draw(logits: torch.Tensor, u: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Draw ids (B,) from logits (B, V): the tokens where the cumulative distribution passes u (B,).
 
-    One random number a token and row: V numbers for a Gumbel maximum would take longer than the model (0.3 ms a row).
+    Inverse-CDF sampling needs one random number per row. The Gumbel trick needs V of them (0.3 ms
+    per row, longer than the model).
     """
-    if how.temperature == 0:
+    if sampling.temperature == 0:
         return logits.argmax(-1)
     ids = None
-    if how.top_k or how.top_p < 1:
-        logits, ids = logits.topk(
-            min(how.top_k or logits.shape[-1], logits.shape[-1])
-        )  # likeliest first
-    p = (logits.float() / how.temperature).softmax(-1)
-    p = p if p.device.type == "mps" else p.double()  # MPS has no doubles
+    if sampling.top_k or sampling.top_p < 1:
+        V = logits.shape[-1]
+        logits, ids = logits.topk(min(sampling.top_k or V, V))  # likeliest first
+    p = (logits.float() / sampling.temperature).softmax(-1)
+    if p.device.type != "mps":  # MPS has no float64
+        p = p.double()
     cdf = p.cumsum(-1)
-    total = cdf.masked_fill(cdf - p >= how.top_p, 0).amax(
-        -1, keepdim=True
-    )  # of those that may be drawn: at least one
-    chosen = torch.searchsorted(cdf, u[:, None].to(p) * total, right=True).clamp(
-        max=p.shape[-1] - 1
-    )
-    return (chosen if ids is None else ids.gather(-1, chosen))[:, 0]
+    excluded = cdf - p >= sampling.top_p  # never the first
+    total = cdf.masked_fill(excluded, 0).amax(-1, keepdim=True)
+    index = torch.searchsorted(cdf, u[:, None].to(p) * total, right=True)
+    index = index.clamp(max=p.shape[-1] - 1)
+    if ids is not None:
+        index = ids.gather(-1, index)
+    return index[:, 0]
 
 
 def decode(model: GPT, idx: torch.Tensor, cache: KVCache, last: torch.Tensor) -> torch.Tensor:
-    """Logits (B, N_VOCAB) of what follows token `last` (B,) of each row of idx (B, T); the cache grows by idx.
+    """Append idx (B, T) to the cache; return logits (B, N_VOCAB) after token `last` (B,) of a row.
 
-    The head is the dearest matrix: it is applied to one token a row. Ids that only pad the vocabulary are left out.
+    The head is the largest matrix, so it is applied to one token per row. Ids that only pad the
+    vocabulary are left out.
     """
     hidden = model.trunk(idx, cache=cache)  # (B, T, C)
     return model.head(hidden[torch.arange(len(idx), device=idx.device), last])[:, :N_VOCAB]
 
 
 def prefill(model: GPT, texts: list[list[int]], size: int) -> tuple[KVCache, torch.Tensor]:
-    """A cache of `size` tokens with all texts, each in a row, and the logits of what follows them (B, N_VOCAB)."""
+    """Return a cache of `size` slots with one text per row, and the next logits (B, N_VOCAB)."""
     weight = model.wte.weight
-    kind = weight.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    cache = KVCache(model.config, len(texts), size, weight.device, dtype)
-    lengths = torch.tensor([len(text) for text in texts], device=weight.device)
-    idx = torch.nn.utils.rnn.pad_sequence(
-        [torch.tensor(text) for text in texts], batch_first=True
-    )  # on the right
-    logits = decode(model, idx.to(weight.device), cache, lengths - 1)
-    cache.lengths.copy_(lengths)  # what was computed for the padding is written over
+    device = weight.device
+    dtype = weight.dtype
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    cache = KVCache(model.config, len(texts), size, device, dtype)
+    lengths = torch.tensor([len(text) for text in texts], device=device)
+    rows = [torch.tensor(text) for text in texts]
+    idx = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # on the right
+    logits = decode(model, idx.to(device), cache, lengths - 1)
+    cache.lengths.copy_(lengths)  # the slots of the padding are overwritten
     return cache, logits
 
 
@@ -105,87 +108,105 @@ def tokens(
     prompts: list[list[int]],
     n: int,
     max_new_tokens: int,
-    how: Sampling,
-    decode: Callable = decode,
+    sampling: Sampling,
+    decode_step: Callable = decode,
 ) -> Iterator[list[int]]:
-    """Yields max_new_tokens times the next id of each of n samples of each prompt (samples of a prompt side by side).
+    """Yield max_new_tokens lists of next ids, one id per row.
 
-    Prompts have 1 to block_size tokens. A row whose context is full goes on from the last half of it. `decode` may be
-    a compiled decode(): apart from prefills it is called with one shape.
+    Rows are n samples of the first prompt, then of the second, ... Prompts have 1 to block_size
+    tokens. A row whose context is full continues from the last half of it. decode_step may be a
+    compiled decode(): prefills aside, it is called with one shape.
     """
-    block, half = model.config.block_size, max(1, model.config.block_size // 2)
+    block_size = model.config.block_size
+    half = max(1, block_size // 2)
     texts = [list(prompt) for prompt in prompts for _ in range(n)]
-    held = [len(text) for text in texts]  # tokens in each row of the cache
-    size = min(block, max(held) + max_new_tokens)
-    first, logits = prefill(model, prompts, size)
-    source = [i for i in range(len(prompts)) for _ in range(n)]
-    cache, logits = (
-        KVCache(model.config, len(texts), size, logits.device, first.k.dtype),
-        logits[source],
-    )
-    cache.put(list(range(len(texts))), first, source)
-    u, last = (
-        uniforms(how.seed, n, max_new_tokens).repeat(len(prompts), 1),
-        torch.zeros_like(cache.lengths),
-    )
+    lengths = [len(text) for text in texts]  # tokens in each row of the cache
+    size = min(block_size, max(lengths) + max_new_tokens)
+    u = uniforms(sampling.seed, n, max_new_tokens).repeat(len(prompts), 1)
+
+    # the samples of a prompt share one prefill
+    prompt_cache, logits = prefill(model, prompts, size)
+    prompt_of_row = [i for i in range(len(prompts)) for _ in range(n)]
+    cache = KVCache(model.config, len(texts), size, logits.device, prompt_cache.k.dtype)
+    cache.put(list(range(len(texts))), prompt_cache, prompt_of_row)
+    logits = logits[prompt_of_row]
+
+    first = torch.zeros_like(cache.lengths)  # the only token of each row in a step
     for t in range(max_new_tokens):
-        if t:
-            full = [row for row, count in enumerate(held) if count == block]
-            if full:
-                cache.lengths[full] = (
-                    0  # the step for the other rows writes somewhere in these, too
-                )
-            if len(full) < len(held):
-                logits = decode(model, ids[:, None], cache, last)
-            if full:
-                halves, logits[full] = prefill(model, [texts[row][-half:] for row in full], size)
-                cache.put(full, halves, list(range(len(full))))
-            held = [half if count == block else count + 1 for count in held]
-        ids = draw(logits, u[:, t], how)
-        new = ids.tolist()
-        for text, token in zip(texts, new):
+        ids = draw(logits, u[:, t], sampling)
+        new_ids = ids.tolist()
+        for text, token in zip(texts, new_ids):
             text.append(token)
-        yield new
+        yield new_ids
+        if t == max_new_tokens - 1:
+            return
+        full = [row for row, length in enumerate(lengths) if length == block_size]
+        if full:
+            cache.lengths[full] = 0  # the step for the other rows writes somewhere in these, too
+        if len(full) < len(texts):
+            logits = decode_step(model, ids[:, None], cache, first)
+        if full:
+            halves = [texts[row][-half:] for row in full]
+            half_cache, logits[full] = prefill(model, halves, size)
+            cache.put(full, half_cache, list(range(len(full))))
+        lengths = [half if length == block_size else length + 1 for length in lengths]
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # from tokens to text
 
 
 class Text:
-    """One sample's text as tokens come: add() returns what is certain by now.
+    """Decodes one sample token by token: add() returns the text that can no longer change.
 
-    Bytes that are not yet a character wait for the next token, and so does what may become a stop string. Ends at
-    <|endoftext|> and at a stop string, which are not part of it; `ended` then says by which.
+    Bytes that are not yet a character wait for the next token, and so does what may become a stop
+    string. The text ends before <|endoftext|> or a stop string; `ended` then says which.
     """
 
-    def __init__(self, stop: tuple[str, ...] = ()):
-        self.stop, self.text, self.waits, self.count, self.ended = stop, "", "", 0, ""
-        self.characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    def __init__(self, stop: tuple[str, ...] = (), prompt: str = ""):
+        self.stop = stop
+        self.prompt = prompt
+        self.text = ""
+        self.pending = ""  # characters that may belong to a stop string
+        self.count = 0  # tokens
+        self.ended = ""
+        self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def add(self, token: int) -> str:
         self.count += 1
         if token == EOT:
             return self.end("<|endoftext|>")
-        for c in self.characters.decode(gpt2().decode_single_token_bytes(token)):
-            self.waits += c
-            if found := [s for s in self.stop if self.waits.endswith(s)]:
-                self.ended = max(found, key=len)
-                return self.release(len(self.waits) - len(self.ended))
-        begun = max(
-            (k for s in self.stop for k in range(len(s)) if self.waits.endswith(s[:k])), default=0
-        )
-        return self.release(len(self.waits) - begun)
+        for character in self.utf8.decode(gpt2().decode_single_token_bytes(token)):
+            self.pending += character
+            matches = [s for s in self.stop if self.pending.endswith(s)]
+            if matches:
+                self.ended = max(matches, key=len)
+                return self.release(len(self.pending) - len(self.ended))
+        beginnings = [s[:k] for s in self.stop for k in range(len(s))]
+        may_stop = max((len(b) for b in beginnings if self.pending.endswith(b)), default=0)
+        return self.release(len(self.pending) - may_stop)
 
-    def end(self, why: str) -> str:
-        """The rest, when no more tokens come."""
-        self.ended, self.waits = why, self.waits + self.characters.decode(b"", final=True)
-        return self.release(len(self.waits))
+    def end(self, reason: str) -> str:
+        """Return the rest, when no more tokens come."""
+        self.ended = reason
+        self.pending += self.utf8.decode(b"", final=True)
+        return self.release(len(self.pending))
 
     def release(self, n: int) -> str:
-        out, self.waits = self.waits[:n], self.waits[n:]
-        self.text += out
-        return out
+        """Move n pending characters to the text and return them."""
+        released = self.pending[:n]
+        self.pending = self.pending[n:]
+        self.text += released
+        return released
+
+
+def stream(steps: Iterator[list[int]], texts: list[Text]) -> Iterator[list[str]]:
+    """Feed texts with tokens until all have ended; yield what each step adds to each."""
+    for new_ids in steps:
+        yield ["" if text.ended else text.add(token) for text, token in zip(texts, new_ids)]
+        if all(text.ended for text in texts):
+            return
+    yield ["" if text.ended else text.end("max_new_tokens") for text in texts]
 
 
 def sample_texts(
@@ -194,118 +215,48 @@ def sample_texts(
     n: int,
     max_new_tokens: int,
     temperature: float = 1.0,
-    top_k: int = 50,
     seed: int = 42,
-    stopped=lambda: False,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> list[str]:
-    """n continuations of a prompt, prompt included, each up to its first <|endoftext|>. A function of the arguments.
+    """Return n continuations of a prompt, each up to its first <|endoftext|>, prompt included.
 
-    An empty prompt means the beginning of a document; of one longer than the context the end counts. Ends early once
-    stopped() is true.
+    An empty prompt means the beginning of a document; of one longer than the context the end
+    counts. Ends early once stopped() is true.
     """
-    ids = (gpt2().encode_ordinary(prompt) or [EOT])[-model.config.block_size :]
-    texts = [Text() for _ in range(n)]
-    for _ in stream(
-        tokens(model, [ids], n, max_new_tokens, Sampling(temperature, top_k, seed=seed)), texts
-    ):
+    ids = gpt2().encode_ordinary(prompt) or [EOT]
+    ids = ids[-model.config.block_size :]
+    texts = [Text(prompt=prompt) for _ in range(n)]
+    steps = tokens(model, [ids], n, max_new_tokens, Sampling(temperature, seed=seed))
+    for _ in stream(steps, texts):
         if stopped():
             break
-    return [prompt + text.text for text in texts]
+    return [text.prompt + text.text for text in texts]
 
 
-def stream(steps: Iterator[list[int]], texts: list[Text]) -> Iterator[list[str]]:
-    """Feeds texts with tokens until all have ended, and yields what each step adds to each."""
-    for new in steps:
-        yield ["" if text.ended else text.add(token) for text, token in zip(texts, new)]
-        if all(text.ended for text in texts):
-            return
-    yield ["" if text.ended else text.end("max_new_tokens") for text in texts]
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# the model
-
-
-def of_type(model: GPT, dtype: str, device: torch.device, packed: bool = True) -> GPT:
-    """The float32 model on a device, with weights of a type: on a CPU packed for decoding, where that can be.
-
-    Raises UserError for int8 where it cannot.
-    """
-    wanted = torch.int8 if dtype == "int8" else autocast_dtype(device, dtype)
-    why = None if wanted == torch.float32 else "torch.compile" if not packed else device.type
-    if why == "cpu":
-        try:
-            return pack(model, wanted)
-        except KernelError as e:
-            why = str(e)
-    if wanted == torch.int8:
-        raise UserError(
-            f"int8 weights need a CPU and a kernel of packed.cpp, here: {why}; hint: --dtype bfloat16"
-        )
-    return model.to(device, wanted)
-
-
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the command line
-
-
-def encode(prompt: str, block_size: int) -> list[int]:
-    """Ids of a prompt; an empty one is the beginning of a document. Raises UserError when the model cannot hold it."""
-    ids = gpt2().encode_ordinary(prompt) or [EOT]
-    if len(ids) > block_size:
-        raise UserError(
-            f"the prompt {prompt[:20]!r}... has {len(ids)} tokens, the model's context {block_size}; "
-            f"hint: shorten it, its last {block_size} tokens are all that a model could see"
-        )
-    return ids
-
-
-def read_prompts(file: str) -> list[str]:
-    """One prompt a line, empty lines left out; - = stdin. Raises UserError when there is none."""
-    try:
-        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
-    except (OSError, ValueError) as e:
-        raise UserError(
-            f"{file} cannot be read ({one_line(e)}); hint: --file takes UTF-8 text, one prompt a line"
-        )
-    if not (prompts := [line for line in text.splitlines() if line.strip()]):
-        raise UserError(f"no prompt in {'stdin' if file == '-' else file}; hint: --prompt TEXT")
-    return prompts
-
-
-def show(pieces: Iterator[list[str]], texts: list[Text], heads: list[str]):
-    """Prints all texts, each under its head: the first that has not ended grows, those after it wait for their turn."""
-    at = shown = 0
-    for _ in pieces:
-        while at < len(texts):
-            whole = heads[at] + texts[at].text
-            print(whole[shown:], end="", flush=True)
-            shown = len(whole)
-            if not texts[at].ended:
-                break
-            print()
-            at, shown = at + 1, 0
 
 
 @dataclass(frozen=True)
 class Settings(Sampling):
-    """Continue texts with a trained model. Without --prompt and --file: prompts come from stdin, or are typed in."""
+    """Continue texts with a trained model. Prompts come from the options, stdin or the terminal."""
 
-    model: str = ""  # run directory, checkpoint, Hugging Face GPT-2 name or folder; else the newest run in log/
-    prompt: tuple[str, ...] = ()  # texts to go on from; "" is the beginning of a document
-    file: str = ""  # prompts, one a line; - = stdin
+    # run directory, checkpoint, Hugging Face GPT-2 name or folder; else the newest run in log/
+    model: str = ""
+    prompt: tuple[str, ...] = ()  # texts to continue; "" is the beginning of a document
+    file: str = ""  # prompts, one per line; - = stdin
     n: int = 1  # samples of each prompt
     max_new_tokens: int = 200  # tokens in each at most; <|endoftext|> ends it, too
     stop: tuple[str, ...] = ()  # strings that end a text and are not part of it
-    json: bool = False  # one JSON object a sample, when all are done
-    # of the weights; bfloat16 and int8 are for speed (int8: on a CPU alone); auto = bfloat16 where the device multiplies it
+    json: bool = False  # one JSON object per sample, when all are done
+    # of the weights; int8 only on a CPU; auto = bfloat16 where the hardware multiplies it natively
     dtype: Literal["auto", "bfloat16", "float32", "int8"] = "auto"
-    use_compile: bool = False  # torch.compile: minutes of waiting that long texts on a GPU pay back
-    device: str = "auto"  # cuda, mps or cpu; auto takes the first of these that is there
+    use_compile: bool = False  # takes minutes, worth it for long texts on a GPU
+    device: str = "auto"  # cuda, mps or cpu; auto takes the first of these that exists
 
 
-def check(args: Settings):
-    """Raises UserError with all that is wrong with the settings."""
+def check_settings(args: Settings):
+    """Raise UserError with all that is wrong with the settings."""
     rules = (
         ("n", args.n > 0, "above 0"),
         ("max_new_tokens", args.max_new_tokens > 0, "above 0"),
@@ -314,86 +265,157 @@ def check(args: Settings):
         ("top_p", 0 < args.top_p <= 1, "above 0, up to 1"),
         ("stop", "" not in args.stop, "strings of at least one character"),
     )
-    wrong = [
-        f"{name} is {getattr(args, name)}, must be {rule}; hint: --{name}"
-        for name, ok, rule in rules
-        if not ok
-    ]
+    wrong = []
+    for name, valid, rule in rules:
+        if not valid:
+            wrong.append(f"{name} is {getattr(args, name)}, must be {rule}; hint: --{name}")
     if args.prompt and args.file:
         wrong.append(f"prompts on the command line and in {args.file}; hint: give one")
     if wrong:
         raise UserError("; ".join(wrong))
 
 
-def prepare(args: Settings, where: str) -> tuple[GPT, Callable]:
-    """The model of the wanted type on its device, and its decode(). Raises UserError for what cannot be."""
-    device = pick_device(args.device)
-    gpt = hf.load(where).eval()
-    if gpt.config.vocab_size < N_VOCAB:
+def read_prompts(file: str) -> list[str]:
+    """Read one prompt per line, - = stdin, skipping empty lines. Raises UserError for none."""
+    try:
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+    except (OSError, ValueError) as e:
         raise UserError(
-            f"{where} knows {gpt.config.vocab_size} tokens, GPT-2's tokenizer has {N_VOCAB}; "
+            f"{file} cannot be read ({one_line(e)}); "
+            "hint: --file takes UTF-8 text, one prompt per line"
+        ) from e
+    prompts = [line for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise UserError(f"no prompt in {'stdin' if file == '-' else file}; hint: --prompt TEXT")
+    return prompts
+
+
+def encode_prompt(prompt: str, block_size: int) -> list[int]:
+    """Tokenize a prompt; an empty one is the beginning of a document. Raises UserError if long."""
+    ids = gpt2().encode_ordinary(prompt) or [EOT]
+    if len(ids) > block_size:
+        raise UserError(
+            f"the prompt {prompt[:20]!r}... has {len(ids)} tokens, the model's context "
+            f"{block_size}; hint: shorten it"
+        )
+    return ids
+
+
+def to_dtype(model: GPT, dtype: str, device: torch.device, packed: bool = True) -> GPT:
+    """Move a float32 model to a device, with weights of a type; pack them for decoding on a CPU.
+
+    bfloat16 weights stay unpacked where packed.cpp cannot be compiled. Raises UserError for int8
+    weights that cannot be packed.
+    """
+    weight_dtype = autocast_dtype(device, dtype)
+    if packed and device.type == "cpu" and weight_dtype != torch.float32:
+        try:
+            return pack(model, weight_dtype)
+        except KernelError as e:
+            if weight_dtype == torch.int8:
+                raise UserError(
+                    f"int8 weights need packed.cpp ({e}); hint: --dtype bfloat16"
+                ) from e
+    elif weight_dtype == torch.int8:
+        raise UserError(
+            f"int8 weights need a CPU, here {device.type}, and no torch.compile; "
+            "hint: --dtype bfloat16"
+        )
+    return model.to(device, weight_dtype)
+
+
+def load_model(args: Settings) -> tuple[GPT, Callable]:
+    """Return the model, ready on its device, and its decode(). Raises UserError."""
+    source = args.model or hf.newest_run()
+    device = pick_device(args.device)
+    model = hf.load(source).eval()
+    if model.config.vocab_size < N_VOCAB:
+        raise UserError(
+            f"{source} knows {model.config.vocab_size} tokens, GPT-2's tokenizer has {N_VOCAB}; "
             "hint: a model trained with --vocab_size 50304"
         )
-    gpt = of_type(gpt, args.dtype, device, packed=not args.use_compile)
-    if args.use_compile and (why := compile_error(device)):
-        raise UserError(f"torch.compile does not work here ({why}); hint: --use_compile False")
-    print(
-        f"model | {where} | {gpt.num_params():,} parameters",
-        flush=True,
-        file=sys.stderr if args.json else sys.stdout,
-    )
-    return gpt, torch.compile(decode, fullgraph=True, dynamic=False) if args.use_compile else decode
-
-
-def answer(args: Settings, gpt: GPT, step: Callable, prompts: list[str]):
-    """All samples of the prompts on stdout, then tokens per second, prefill included (with --json on stderr)."""
-    ids = [encode(prompt, gpt.config.block_size) for prompt in prompts]
-    whose = [prompt for prompt in prompts for _ in range(args.n)]
-    texts, t0 = [Text(args.stop) for _ in whose], time.perf_counter()
-    pieces = stream(tokens(gpt, ids, args.n, args.max_new_tokens, args, step), texts)
-    if args.json:
-        collections.deque(pieces, maxlen=0)
-        for i, (prompt, text) in enumerate(zip(whose, texts)):
-            print(
-                json.dumps(
-                    dict(
-                        prompt=prompt,
-                        sample=i % args.n,
-                        text=text.text,
-                        tokens=text.count,
-                        ended=text.ended,
-                    )
-                )
+    model = to_dtype(model, args.dtype, device, packed=not args.use_compile)
+    decode_step = decode
+    if args.use_compile:
+        error = compile_error(device)
+        if error:
+            raise UserError(
+                f"torch.compile does not work here ({error}); hint: --use_compile False"
             )
+        decode_step = torch.compile(decode, fullgraph=True, dynamic=False)
+    print_status(args, f"model | {source} | {model.num_params():,} parameters")
+    return model, decode_step
+
+
+def print_status(args: Settings, line: str):
+    """Print a line that is no sample: on stderr when stdout is JSON."""
+    print(line, flush=True, file=sys.stderr if args.json else sys.stdout)
+
+
+def respond(args: Settings, model: GPT, decode_step: Callable, prompts: list[str]):
+    """Print all samples of the prompts, then tokens per second, prefill included."""
+    ids = [encode_prompt(prompt, model.config.block_size) for prompt in prompts]
+    texts = [Text(args.stop, prompt) for prompt in prompts for _ in range(args.n)]
+    started = time.perf_counter()
+    steps = tokens(model, ids, args.n, args.max_new_tokens, args, decode_step)
+    if args.json:
+        for _ in stream(steps, texts):
+            pass
+        for i, text in enumerate(texts):
+            record = {"prompt": text.prompt, "sample": i % args.n, "text": text.text}
+            record |= {"tokens": text.count, "ended": text.ended}
+            print(json.dumps(record))
     else:
-        show(pieces, texts, ["-" * 80 + f"\n{prompt}" for prompt in whose])
-    total, seconds = sum(text.count for text in texts), time.perf_counter() - t0
-    print(
-        f"speed | {total} tokens in {seconds:.2f} s | {total / seconds:.1f} tok/s",
-        flush=True,
-        file=sys.stderr if args.json else sys.stdout,
-    )
+        print_texts(stream(steps, texts), texts)
+    total = sum(text.count for text in texts)
+    seconds = time.perf_counter() - started
+    rate = total / seconds
+    print_status(args, f"speed | {total} tokens in {seconds:.2f} s | {rate:.1f} tok/s")
+
+
+def print_texts(pieces: Iterator[list[str]], texts: list[Text]):
+    """Print texts as they grow: the first that has not ended; those after it wait."""
+    current = 0
+    printed = 0  # characters of the current text, its heading included
+    for _ in pieces:
+        while current < len(texts):
+            text = texts[current]
+            whole = f"{'-' * 80}\n{text.prompt}{text.text}"
+            print(whole[printed:], end="", flush=True)
+            printed = len(whole)
+            if not text.ended:
+                break
+            print()
+            current += 1
+            printed = 0
+
+
+def ask_for_prompts(args: Settings, model: GPT, decode_step: Callable):
+    """Respond to prompts typed at the terminal, until Ctrl-D or Ctrl-C."""
+    while True:
+        try:
+            respond(args, model, decode_step, [input("prompt> ")])
+        except UserError as e:  # too long: the next one may not be
+            print(f"error: {e}", file=sys.stderr)
 
 
 def main():
     args = parse(Settings)
-    check(args)
-    typed = not (args.prompt or args.file) and sys.stdin.isatty()
-    prompts = [] if typed else list(args.prompt) or read_prompts(args.file or "-")
-    gpt, step = prepare(args, args.model or hf.newest_run())
+    check_settings(args)
+    prompts = list(args.prompt)
+    typed = not prompts and not args.file and sys.stdin.isatty()
+    if not prompts and not typed:
+        prompts = read_prompts(args.file or "-")
+    model, decode_step = load_model(args)
     try:
-        if not typed:
-            return answer(args, gpt, step, prompts)
-        while True:
-            try:
-                answer(args, gpt, step, [input("prompt> ")])
-            except UserError as e:  # too long: the next one may not be
-                print(f"error: {e}", file=sys.stderr)
-    except (EOFError, KeyboardInterrupt):  # Ctrl-D, Ctrl-C
+        if typed:
+            ask_for_prompts(args, model, decode_step)
+        else:
+            respond(args, model, decode_step, prompts)
+    except (EOFError, KeyboardInterrupt):
         print()
-    except (
-        BrokenPipeError
-    ):  # the reader of a pipe has seen enough; nothing is left to flush at the end
+    except BrokenPipeError:
+        # the reader of the pipe has seen enough; leave nothing to flush when Python exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -1,23 +1,28 @@
-"""HellaSwag (Zellers et al. 2019): which of four endings does the model find likeliest? Two protocols:
+"""HellaSwag (Zellers et al. 2019): which of four endings does the model find likeliest?
 
-    python hellaswag.py --model log/gpt2-rope                                    the whole validation set, 10,042 items
+    python hellaswag.py --model log/gpt2-rope              the whole validation set, 10,042 items
     python hellaswag.py --model gpt2 --protocol harness --limit 1000 --out results.json
 
-gpt2: raw `ctx`; " " + ending tokenised apart. `acc` picks the ending of the smallest summed loss, `acc_norm` the one of
-the smallest mean loss per token. GPT-2 (124M) has 0.2859 and 0.2955. What train_gpt2.py logs.
-harness: as lm-eval 0.4.13 does it: activity label in front, artifacts of WikiHow cleaned away, context and ending tokenised
-together and then split; `acc_norm` divides by the characters of the ending. GPT-2 (124M) has 0.2892 and 0.3114.
+gpt2 protocol: raw `ctx`; " " + ending tokenized apart. `acc` picks the ending of the smallest
+summed loss, `acc_norm` the one of the smallest mean loss per token. GPT-2 (124M) has 0.2859 and
+0.2955. What train_gpt2.py logs.
 
-How it is fast: a context and its four endings stand in one row, each ending seeing the context and itself alone; several
-items fill a row of fixed length, so that there is one shape only; logits are made where an ending is scored.
+harness protocol: as in lm-eval 0.4.13: activity label in front, WikiHow's artifacts removed,
+context and ending tokenized together and then split; `acc_norm` divides by the characters of the
+ending. GPT-2 (124M) has 0.2892 and 0.3114.
+
+How it is fast: a context and its four endings share a row, each ending sees only the context and
+itself; several items fill a row of fixed length, so there is one shape; logits are computed only
+where an ending is scored.
 """
 
 import gzip
 import hashlib
 import json
-import os
 import re
 import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 from zipfile import BadZipFile
@@ -27,372 +32,408 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from runtime.command_line import UserError, one_line, parse, run_script
+import hf
+from runtime.command_line import UserError, one_line, parse, run_script, say
 from runtime.device import Compute, autocast_dtype, pick_device
-from runtime.files import sha256
+from runtime.files import atomic, sha256
 from runtime.world import World, on_rank0, sum_over_ranks
 from tokenizer import EOT, gpt2
 
 DATA = Path(__file__).parent / "data" / "hellaswag_val.jsonl"
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
-PROTOCOLS = ("gpt2", "harness")
+Protocol = Literal["gpt2", "harness"]
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the data set
 
 
-def fetch(say=print) -> Path | None:
-    """The validation set in data/, downloaded if it is not there; None, and one line that says so, without a network."""
+def fetch_items() -> Path | None:
+    """Return the file of the validation set, downloaded once; None when that is impossible."""
     for path in (DATA, Path(f"{DATA}.gz")):
         if path.exists():
             return path
-    temporary = DATA.with_suffix(f".{os.getpid()}.tmp")
     try:
         with urllib.request.urlopen(URL, timeout=10) as response:
             raw = response.read(100_000_000)
-        if (found := hashlib.sha256(raw).hexdigest()) != SHA256:
-            raise ValueError(f"SHA-256 {found[:12]}..., expected {SHA256[:12]}...")
-        temporary.write_bytes(raw)
-        os.replace(temporary, DATA)
+        digest = hashlib.sha256(raw).hexdigest()
+        if digest != SHA256:
+            raise ValueError(f"SHA-256 {digest[:12]}..., expected {SHA256[:12]}...")
+        with atomic(DATA) as temporary:
+            temporary.write_bytes(raw)
     except (OSError, ValueError) as e:
         say(
-            f"hellaswag | skipped, its data cannot be had ({one_line(e)}); hint: put {URL} at data/{DATA.name}, or "
-            "--hellaswag_limit 0"
+            f"hellaswag | skipped, its data cannot be downloaded ({one_line(e)}); "
+            f"hint: put {URL} at data/{DATA.name}, or --hellaswag_limit 0"
         )
         return None
     say(f"hellaswag | {URL}, now in {DATA}")
     return DATA
 
 
-def clean(text: str) -> str:
-    """Without the artifacts of WikiHow, as lm-eval's task does it (brackets are section headings)."""
+def clean_text(text: str) -> str:
+    """Remove WikiHow's artifacts as lm-eval's task does (brackets are section headings)."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 
 
-def render(item: dict) -> tuple[str, list[str]]:
-    """Query and endings of the harness protocol. An item without ctx_a is taken as cleaned already, its label aside."""
+def render_item(item: dict) -> tuple[str, list[str]]:
+    """Return query and endings of the harness protocol; an item without ctx_a is clean already."""
     if "ctx_a" not in item:
         return f"{item['activity_label']}: {item['ctx']}", item["endings"]
     query = f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}"
-    return clean(query), [clean(ending) for ending in item["endings"]]
+    return clean_text(query), [clean_text(ending) for ending in item["endings"]]
 
 
-def encode_item(item: dict, protocol: str) -> list[tuple[list[int], list[int], int]]:
-    """For each ending: ids of the context, ids of the ending, and what acc_norm divides the loss by."""
+def encode_endings(item: dict, protocol: Protocol) -> list[tuple[list[int], list[int], int]]:
+    """Return, for each ending, ids of the context, its ids, and its divisor in acc_norm."""
     encode = gpt2().encode_ordinary
     if protocol == "gpt2":
         context = encode(item["ctx"])
-        endings = [encode(" " + ending) for ending in item["endings"]]
-        return [(context, ending, len(ending)) for ending in endings]
-    (query, endings), paths = render(item), []
-    context = query.rstrip()  # blanks at its end belong to the ending
-    n = len(encode(context))
-    for ending in endings:
-        whole = encode(query + " " + ending)
-        paths.append((whole[:n], whole[n:], len(ending)))
-    return paths
+        encoded = [encode(" " + ending) for ending in item["endings"]]
+        return [(context, ids, len(ids)) for ids in encoded]
+    query, endings = render_item(item)
+    n = len(encode(query.rstrip()))  # blanks at its end belong to the ending
+    encoded = [encode(query + " " + ending) for ending in endings]
+    return [(ids[:n], ids[n:], len(ending)) for ids, ending in zip(encoded, endings)]
 
 
 class Items(NamedTuple):
-    """Tokenised items, endings of all one after the other: four to an item."""
+    """Tokenized items; ending 4 i + choice belongs to item i."""
 
     tokens: np.ndarray  # uint16: context, ending, context, ending, ...
     lengths: np.ndarray  # (4 n, 2): ids of each context and each ending
     divisors: np.ndarray  # (4 n,): tokens (gpt2) or characters (harness) of each ending
-    labels: np.ndarray  # (n,): the right ending
-    protocol: str
+    labels: np.ndarray  # (n,): the right choice
+    protocol: Protocol
+
+    def spread(self, limit: int) -> "Items":
+        """Select `limit` items (0 = all), spread evenly over the set."""
+        n = len(self.labels)
+        count = min(limit or n, n)
+        chosen = np.zeros(n, bool)
+        chosen[np.arange(count) * n // count] = True
+        endings = np.repeat(chosen, 4)
+        tokens = np.repeat(endings, self.lengths.sum(1))
+        return self._replace(
+            tokens=self.tokens[tokens],
+            lengths=self.lengths[endings],
+            divisors=self.divisors[endings],
+            labels=self.labels[chosen],
+        )
 
 
-def load(path: Path, protocol: str = "gpt2", limit: int = 0) -> Items:
-    """Items of a jsonl or jsonl.gz file, `limit` of them spread evenly over it (0 = all).
+def load_items(path: Path, protocol: Protocol = "gpt2", limit: int = 0) -> Items:
+    """Read `limit` items (0 = all) of a jsonl or jsonl.gz file, spread evenly over it.
 
-    The tokens of the whole file are kept in data/, under the hash of the file. Raises UserError for other content.
+    The tokens of the whole file are cached in data/, under the hash of the file. Raises UserError
+    for other content.
     """
     cache = DATA.parent / f"hellaswag_{protocol}_{sha256(path)[:16]}.npz"
+    arrays = Items._fields[:4]
     try:
         with np.load(cache) as stored:
-            items = Items(*(stored[name] for name in Items._fields[:4]), protocol)
+            items = Items(*(stored[name] for name in arrays), protocol)
     except (OSError, ValueError, KeyError, BadZipFile):
-        items = tokenise(path, protocol)
+        items = tokenize_items(path, protocol)
         try:
-            with open(temporary := cache.with_suffix(f".{os.getpid()}.tmp"), "wb") as f:
-                np.savez(f, **{name: getattr(items, name) for name in Items._fields[:4]})
-            os.replace(temporary, cache)
+            with atomic(cache) as temporary, open(temporary, "wb") as f:
+                np.savez(f, **{name: getattr(items, name) for name in arrays})
         except OSError:
-            pass  # a read-only directory: tokenised again next time
-    n = len(items.labels)
-    chosen = np.arange(min(limit or n, n)) * n // min(limit or n, n)
-    paths = (4 * chosen[:, None] + np.arange(4)).ravel()
-    ends = items.lengths.sum(1).cumsum()
-    tokens = [items.tokens[ends[p] - items.lengths[p].sum() : ends[p]] for p in paths]
-    return Items(
-        np.concatenate(tokens),
-        items.lengths[paths],
-        items.divisors[paths],
-        items.labels[chosen],
-        protocol,
-    )
+            pass  # a read-only directory: tokenized again next time
+    return items.spread(limit)
 
 
-def tokenise(path: Path, protocol: str) -> Items:
+def tokenize_items(path: Path, protocol: Protocol) -> Items:
+    """Tokenize a whole file. Raises UserError when it is not HellaSwag's."""
+    opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f:
+        with opener(path, "rt", encoding="utf-8") as f:
             raw = [json.loads(line) for line in f]
-        paths = [path for item in raw for path in encode_item(item, protocol)]
-        labels = np.array([int(item["label"]) for item in raw])
-        if not raw or len(paths) != 4 * len(raw):
-            raise ValueError(f"{len(raw)} items with {len(paths)} endings")
+        endings = [ending for item in raw for ending in encode_endings(item, protocol)]
+        labels = [int(item["label"]) for item in raw]
+        if not raw or len(endings) != 4 * len(raw):
+            raise ValueError(f"{len(raw)} items with {len(endings)} endings")
     except (ValueError, KeyError, TypeError, EOFError, OSError, AttributeError) as e:
-        raise UserError(
-            f"{path} is not HellaSwag's jsonl ({one_line(e)}); hint: remove it, or --hellaswag_limit 0"
-        ) from e
-    tokens = np.concatenate(
-        [np.array(part, np.uint16) for context, ending, _ in paths for part in (context, ending)]
-    )
-    return Items(
-        tokens,
-        np.array([[len(c), len(e)] for c, e, _ in paths]),
-        np.array([d for _, _, d in paths]),
-        labels,
-        protocol,
-    )
+        hint = "hint: remove it, or --hellaswag_limit 0"
+        raise UserError(f"{path} is not HellaSwag's jsonl ({one_line(e)}); {hint}") from e
+    parts = []
+    for context, ids, _ in endings:
+        parts += [np.array(context, np.uint16), np.array(ids, np.uint16)]
+    lengths = np.array([len(part) for part in parts]).reshape(-1, 2)
+    divisors = np.array([divisor for _, _, divisor in endings])
+    return Items(np.concatenate(parts), lengths, divisors, np.array(labels), protocol)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # rows
 
+PADDING = 7  # segment of the slots at the end of a row
 
-class Batch(NamedTuple):
-    """Rows of several contexts with their endings. All batches of a set have the same shapes."""
+
+class PackedBatch(NamedTuple):
+    """R rows of several contexts with their endings; all batches of a set have the same shapes."""
 
     idx: torch.Tensor  # (R, T) ids
-    positions: torch.Tensor  # (R, T): an ending's go on from its context's
-    part: (
-        torch.Tensor
-    )  # (R, T): 8 * text + 0 for a context, + 1 to 4 for its endings; 7 for padding
-    where: (
-        torch.Tensor
-    )  # (S,) places in the flattened rows from which a token of an ending is predicted
-    targets: torch.Tensor  # (S,) that token; -1 for padding
-    path: torch.Tensor  # (S,) the ending it belongs to, counted over the set
+    positions: torch.Tensor  # (R, T); an ending continues its context
+    segment: torch.Tensor  # (R, T): 8 * group + 0 for its context, + 1 to 4 for its endings
+    source: torch.Tensor  # (S,) flat indices into the rows, from which scored tokens are predicted
+    targets: torch.Tensor  # (S,) these tokens; -1 for padding
+    ending: torch.Tensor  # (S,) the ending each belongs to, 0 .. 4 n - 1
 
 
-def pack(
-    items: Items, block_size: int, rows: int, device: torch.device, T: int = 512
-) -> tuple[list[Batch], int]:
-    """Batches of `rows` rows of T ids, and the number of items that were too long for the model.
+class Group:
+    """A context and the endings that share it: their slots in a row."""
 
-    Of a text longer than block_size + 1 ids the beginning goes, which may leave the endings with different contexts: an
-    item is as many texts as it has contexts. T grows when the longest text needs it. Texts go where they fit best.
+    def __init__(self, context: list[int]):
+        self.context = context
+        self.ids = list(context)
+        self.positions = list(range(len(context)))
+        self.segment = [0] * len(context)  # 0 for the context, 1 to 4 for the endings
+        self.scored = []  # (slot it is predicted from, token, index of its ending)
+
+    def add(self, ending: list[int], index: int):
+        """Append an ending, all but its last token, which predicts nothing."""
+        first = len(self.ids)
+        end = len(self.context)
+        self.ids += ending[:-1]
+        self.positions += range(end, end + len(ending) - 1)
+        self.segment += [1 + index % 4] * (len(ending) - 1)
+        sources = [end - 1, *range(first, len(self.ids))]
+        self.scored += [(source, token, index) for source, token in zip(sources, ending)]
+
+
+def pack_items(
+    items: Items, block_size: int, R: int, device: torch.device, T: int = 512
+) -> tuple[list[PackedBatch], int]:
+    """Return batches of R rows of T ids, and the number of items too long for the model.
+
+    T grows when the longest group needs it.
     """
-    texts, cut, end = [], set(), 0
-    for p, (n_context, n_ending) in enumerate(items.lengths.tolist()):
-        end += n_context + n_ending
-        ids = [
-            *([EOT] if n_context == 0 else []),
-            *items.tokens[end - n_context - n_ending : end].tolist(),
-        ]
+    groups, n_cut = group_by_context(items, block_size)
+    longest = max(len(group.ids) for group in groups)
+    T = max(T, -(-longest // 128) * 128)
+    rows = fill_rows(groups, T)
+    chunks = [rows[i : i + R] for i in range(0, len(rows), R)]
+    S = max(sum(len(group.scored) for row in chunk for group in row) for chunk in chunks)
+    return [build_batch(chunk, (R, T), S, device) for chunk in chunks], n_cut
+
+
+def group_by_context(items: Items, block_size: int) -> tuple[list[Group], int]:
+    """Return the groups of a set, and the number of items longer than block_size + 1 ids.
+
+    Those are cut at the front, which may leave the endings of an item with different contexts; each
+    distinct context makes a group of its own.
+    """
+    groups = []
+    cut = set()
+    texts = np.split(items.tokens, items.lengths.sum(1).cumsum()[:-1])
+    for index, (text, (n_context, n_ending)) in enumerate(zip(texts, items.lengths)):
+        ids = text.tolist()
+        if n_context == 0:
+            ids = [EOT, *ids]
         if len(ids) > block_size + 1:
-            ids, _ = ids[-(block_size + 1) :], cut.add(p // 4)
-        at = max(1, len(ids) - n_ending)  # the first ending token
-        if p % 4 and texts[-1][0] == ids[:at]:
-            texts[-1][1].append((p, ids[at:]))
+            ids = ids[-(block_size + 1) :]
+            cut.add(index // 4)
+        split = max(1, len(ids) - n_ending)
+        if index % 4 == 0 or groups[-1].context != ids[:split]:
+            groups.append(Group(ids[:split]))
+        groups[-1].add(ids[split:], index)
+    return groups, len(cut)
+
+
+def fill_rows(groups: list[Group], T: int) -> list[list[Group]]:
+    """Distribute groups over rows of T slots: longest first, each where it leaves least room."""
+    rows = []
+    rows_by_room = [[] for _ in range(T + 1)]
+    for group in sorted(groups, key=lambda group: len(group.ids), reverse=True):
+        n = len(group.ids)
+        room = next((room for room in range(n, T) if rows_by_room[room]), T)
+        if room == T:
+            row = []
+            rows.append(row)
         else:
-            texts.append((ids[:at], [(p, ids[at:])]))
-    length = lambda text: (
-        len(text[0]) + sum(len(ending) - 1 for _, ending in text[1])
-    )  # nothing follows a last token
-    T = max(T, -(-max(map(length, texts)) // 128) * 128)
-    rooms: list[list[list]] = [[] for _ in range(T + 1)]  # the rows that have so much room left
-    filled = []
-    for text in sorted(texts, key=length, reverse=True):
-        n = length(text)
-        room = next((r for r in range(n, T) if rooms[r]), None)
-        row = rooms[room].pop() if room else []
-        filled += [] if row else [row]
-        row.append(text)
-        rooms[(room or T) - n].append(row)
-    return to_batches(filled, rows, T, device), len(cut)
+            row = rows_by_room[room].pop()
+        row.append(group)
+        rows_by_room[room - n].append(row)
+    return rows
 
 
-def to_batches(filled: list[list], rows: int, T: int, device: torch.device) -> list[Batch]:
-    n = -(-len(filled) // rows)
-    idx, positions = np.zeros((2, n * rows, T), np.int64)
-    part, scored = np.full((n * rows, T), 7), [[] for _ in range(n)]
-    for r, row in enumerate(filled):
-        at = 0
-        for t, (context, endings) in enumerate(row):
-            last = at + len(context) - 1  # predicts the first token of each ending
-            idx[r, at : last + 1], positions[r, at : last + 1], part[r, at : last + 1] = (
-                context,
-                range(len(context)),
-                8 * t,
-            )
-            at = last + 1
-            for k, (path, ending) in enumerate(endings, 1):
-                to = at + len(ending) - 1
-                idx[r, at:to], part[r, at:to] = ending[:-1], 8 * t + k
-                positions[r, at:to] = range(len(context), len(context) + to - at)
-                sources = [last, *range(at, to)][: len(ending)]
-                scored[r // rows] += [
-                    (r % rows * T + s, token, path) for s, token in zip(sources, ending)
-                ]
-                at = to
-    S = max(map(len, scored))
-    scored = np.array([s + [(0, -1, 0)] * (S - len(s)) for s in scored])  # (n, S, 3)
-    tensors = [
-        torch.from_numpy(a).to(device) for a in (idx, positions, part, *np.moveaxis(scored, 2, 0))
-    ]
-    return [
-        Batch(
-            *(t[i * rows : (i + 1) * rows] for t in tensors[:3]),
-            *(t[i].contiguous() for t in tensors[3:]),
-        )
-        for i in range(n)
-    ]
+def build_batch(
+    rows: list[list[Group]], shape: tuple[int, int], S: int, device: torch.device
+) -> PackedBatch:
+    """Lay out rows of groups in tensors of shape (R, T) and (S,)."""
+    idx = np.zeros(shape, np.int64)
+    positions = np.zeros(shape, np.int64)
+    segment = np.full(shape, PADDING)
+    scored = []
+    for r, row in enumerate(rows):
+        start = 0
+        for g, group in enumerate(row):
+            stop = start + len(group.ids)
+            idx[r, start:stop] = group.ids
+            positions[r, start:stop] = group.positions
+            segment[r, start:stop] = 8 * g + np.array(group.segment)
+            offset = r * shape[1] + start
+            scored += [(offset + slot, token, index) for slot, token, index in group.scored]
+            start = stop
+    scored += [(0, -1, 0)] * (S - len(scored))
+    arrays = (idx, positions, segment, *np.array(scored).T)
+    return PackedBatch(*(torch.from_numpy(a.copy()).to(device) for a in arrays))
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # scoring
 
 
-def nats(model, batch: Batch) -> torch.Tensor:
-    """Losses (S,) of the scored tokens: the head sees only the places that predict one."""
-    T = batch.part.shape[1]
-    row, column = batch.part[:, :, None], batch.part[:, None, :]
-    mask = (row // 8 == column // 8) & (
-        (column % 8 == 0) | (row == column)
-    )  # its own context, or its own part
-    mask &= torch.ones(T, T, dtype=torch.bool, device=mask.device).tril()
-    hidden = model.trunk(batch.idx, batch.positions, mask[:, None]).flatten(0, 1)[
-        batch.where
-    ]  # (S, C)
-    return F.cross_entropy(
-        model.head(hidden).float(), batch.targets, ignore_index=-1, reduction="none"
-    )
+def score_tokens(model, batch: PackedBatch) -> torch.Tensor:
+    """Return the losses (S,) of the scored tokens; the head is applied only where one is made."""
+    query = batch.segment[:, :, None]
+    key = batch.segment[:, None, :]
+    # a token sees its own segment and the context of its group
+    mask = (query // 8 == key // 8) & ((key % 8 == 0) | (query == key))  # (R, T, T)
+    mask &= torch.ones(mask.shape[1:], dtype=torch.bool, device=mask.device).tril()
+    hidden = model.trunk(batch.idx, batch.positions, mask[:, None])  # (R, T, C)
+    logits = model.head(hidden.flatten(0, 1)[batch.source]).float()  # (S, V)
+    return F.cross_entropy(logits, batch.targets, ignore_index=-1, reduction="none")
+
+
+class ItemResult(NamedTuple):
+    """What the model chose, the right choice, and the summed loss of each ending."""
+
+    acc_choice: int
+    acc_norm_choice: int
+    label: int
+    losses: list[float]
 
 
 class HellaSwag:
-    """The items, packed once for a model and kept on its device; each call measures it anew.
+    """Items packed once for a model and kept on its device; each call measures it anew.
 
-    Rows are split over the processes, and the losses of the endings added up: the same result on any number of them.
+    Rows are split over the ranks and the losses summed: the result is the same on any number of
+    them.
     """
 
     def __init__(self, items: Items, model, world: World, compute: Compute, rows: int = 0):
-        self.items, self.model, self.world, self.compute = items, model, world, compute
         on_gpu = world.device.type == "cuda"
-        batches, self.cut = pack(
-            items, model.config.block_size, rows or (32 if on_gpu else 4), world.device
-        )
-        self.rounds = -(-len(batches) // world.world_size)  # the same number in all processes
+        self.items = items
+        self.model = model
+        self.compute = compute
+        R = rows or (32 if on_gpu else 4)
+        batches, self.n_cut = pack_items(items, model.config.block_size, R, world.device)
+        self.rounds = -(-len(batches) // world.world_size)  # the same number on all ranks
         self.batches = batches[world.rank :: world.world_size]
-        # on a CPU, compiling was not faster
-        self.nats = (
-            torch.compile(nats, fullgraph=True, dynamic=False)
-            if compute.compiled and on_gpu
-            else nats
-        )
+        self.score = score_tokens
+        if compute.compiled and on_gpu:  # on a CPU, compiling was not faster
+            self.score = torch.compile(score_tokens, fullgraph=True, dynamic=False)
 
     @torch.no_grad()
-    def losses(self, poll=lambda: None, bar: bool = False) -> np.ndarray:
-        """Summed loss of each ending, (n, 4), nats. poll() is called before each batch, equally often in all processes."""
-        found = []
-        with self.compute.autocast():  # around all: it keeps the weights that it has cast
+    def losses(self, poll: Callable = lambda: None, bar: bool = False) -> np.ndarray:
+        """Return the summed loss of each ending, (n, 4), in nats.
+
+        poll() is called before each batch, equally often on all ranks.
+        """
+        by_token = []
+        with self.compute.autocast():  # around all batches: it caches the converted weights
             for i in tqdm(range(self.rounds), "hellaswag", disable=not bar, leave=False):
                 poll()
                 if i < len(self.batches):
-                    found.append(self.nats(self.model, self.batches[i]))
-        sums = np.zeros(len(self.items.divisors))
-        if found:  # one trip from the device
-            paths = torch.cat([b.path for b in self.batches]).cpu().numpy()
-            sums = np.bincount(paths, torch.cat(found).cpu().double().numpy(), minlength=len(sums))
-        return sum_over_ranks(torch.from_numpy(sums)).numpy().reshape(-1, 4)
+                    by_token.append(self.score(self.model, self.batches[i]))
+        by_ending = np.zeros(len(self.items.divisors))
+        if by_token:
+            endings = torch.cat([batch.ending for batch in self.batches]).cpu().numpy()
+            weights = torch.cat(by_token).cpu().double().numpy()  # one sync for all batches
+            by_ending = np.bincount(endings, weights, minlength=len(by_ending))
+        return sum_over_ranks(torch.from_numpy(by_ending)).numpy().reshape(-1, 4)
 
-    def __call__(self, poll=lambda: None, bar: bool = False) -> dict:
-        """acc, acc_norm, their standard errors, the protocol, the number of items and of those cut; and `choices`, by
-        item: the two choices, the label, the losses.
+    def __call__(self, poll: Callable = lambda: None, bar: bool = False) -> dict:
+        """Return accuracies, their standard errors, the protocol, and an ItemResult per item.
+
+        `items` counts all items, `cut` those longer than the model's context.
         """
         losses = self.losses(poll, bar)
-        with np.errstate(
-            divide="ignore"
-        ):  # an ending of no characters is not chosen, as in lm-eval
-            by_sum, by_norm = (
-                losses.argmin(1),
-                (losses / self.items.divisors.reshape(-1, 4)).argmin(1),
-            )
-        n, labels = len(losses), self.items.labels
-        acc, acc_norm = (by_sum == labels).mean().item(), (by_norm == labels).mean().item()
-        se = lambda share: (share * (1 - share) / n) ** 0.5
-        return dict(
-            protocol=self.items.protocol,
-            items=n,
-            cut=self.cut,
-            acc=acc,
-            acc_se=se(acc),
-            acc_norm=acc_norm,
-            se=se(acc_norm),
-            choices=list(zip(by_sum.tolist(), by_norm.tolist(), labels.tolist(), losses.tolist())),
-        )
+        labels = self.items.labels
+        acc_choices = losses.argmin(1)
+        with np.errstate(divide="ignore"):  # as in lm-eval, an empty ending is not chosen
+            acc_norm_choices = (losses / self.items.divisors.reshape(-1, 4)).argmin(1)
+        acc = (acc_choices == labels).mean().item()
+        acc_norm = (acc_norm_choices == labels).mean().item()
+        columns = (acc_choices, acc_norm_choices, labels, losses)
+        return {
+            "protocol": self.items.protocol,
+            "items": len(labels),
+            "cut": self.n_cut,
+            "acc": acc,
+            "acc_se": standard_error(acc, len(labels)),
+            "acc_norm": acc_norm,
+            "se": standard_error(acc_norm, len(labels)),
+            "choices": [ItemResult(*row) for row in zip(*(c.tolist() for c in columns))],
+        }
+
+
+def standard_error(share: float, n: int) -> float:
+    return (share * (1 - share) / n) ** 0.5
 
 
 def for_training(limit: int, model, world: World, compute: Compute) -> HellaSwag | None:
-    """The set for evaluations beside training; None when limit is 0 or there is no data.
+    """Return the set for evaluations during training; None when limit is 0 or there is no data.
 
-    The first process alone fetches and reads it, for the others may be on machines without it.
+    Rank 0 alone downloads and reads it: other ranks may run on machines without it.
     """
-    items = on_rank0(lambda: (path := fetch()) and load(path, "gpt2", limit)) if limit else None
+
+    def read_items() -> Items | None:
+        path = fetch_items()
+        return load_items(path, "gpt2", limit) if path else None
+
+    if limit == 0:
+        return None
+    items = on_rank0(read_items)
     return HellaSwag(items, model, world, compute) if items else None
 
 
-def main(
-    model: str = "",
-    protocol: Literal["gpt2", "harness"] = "gpt2",
-    limit: int = 0,
-    data: str = "",
-    out: str = "",
-    per_item: bool = False,
-    device: str = "auto",
-    dtype: str = "auto",
-):
-    """HellaSwag accuracy of a model.
+# --------------------------------------------------------------------------------------------------
+# the command line
 
-    Args:
-        model: run directory, checkpoint, or Hugging Face GPT-2 name or folder; the newest run in log/ unless given
-        protocol: gpt2 (raw context, mean loss per token) or harness (lm-eval 0.4.13)
-        limit: items, spread over the set; 0 = all
-        data: jsonl or jsonl.gz; the validation set, fetched into data/, unless given
-        out: file for the result, as JSON
-        per_item: each item's choices and losses, too, in that file
-        device: auto, cuda, mps or cpu
-        dtype: auto, bfloat16 or float32
-    """
-    import hf
 
-    if data and not Path(data).exists():
-        raise UserError(f"no such file: {data}; hint: --data FILE")
-    if (path := Path(data) if data else fetch()) is None:
-        raise UserError("no data; hint: --data FILE")
-    world = World(0, 1, pick_device(device))
-    gpt = hf.load(model or hf.newest_run()).to(world.device)
-    kind = autocast_dtype(world.device, dtype)
-    compute = Compute(world.device, kind, compiled=True)
-    result = HellaSwag(load(path, protocol, limit), gpt, world, compute)(bar=True)
-    choices = result.pop("choices")
-    if result["cut"]:
-        print(
-            f"{result['cut']} items were longer than the model's {gpt.config.block_size} tokens: their beginning was cut"
-        )
-    print(json.dumps(result))
-    if out:
-        details = [
-            dict(zip(("acc_choice", "acc_norm_choice", "label", "losses"), c)) for c in choices
-        ]
-        Path(out).write_text(
-            json.dumps(result | ({"per_item": details} if per_item else {}), indent=1)
-        )
+@dataclass(frozen=True)
+class Scoring:
+    """Measure the HellaSwag accuracy of a model."""
+
+    # run directory, checkpoint, Hugging Face GPT-2 name or folder; else the newest run in log/
+    model: str = ""
+    # gpt2: raw context, mean loss per token; harness: as in lm-eval 0.4.13
+    protocol: Protocol = "gpt2"
+    limit: int = 0  # items, spread over the set; 0 = all
+    data: str = ""  # jsonl or jsonl.gz; else the validation set, downloaded into data/
+    out: str = ""  # file for the result, as JSON
+    per_item: bool = False  # each item's choices and losses, too, in that file
+    device: str = "auto"  # cuda, mps or cpu; auto takes the first of these that exists
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matmuls
+
+    def run(self):
+        """Print the result and write it to `out`. Raises UserError."""
+        if self.data and not Path(self.data).exists():
+            raise UserError(f"no such file: {self.data}; hint: --data FILE")
+        path = Path(self.data) if self.data else fetch_items()
+        if path is None:
+            raise UserError("no data; hint: --data FILE")
+        device = pick_device(self.device)
+        model = hf.load(self.model or hf.newest_run()).to(device)
+        compute = Compute(device, autocast_dtype(device, self.dtype), compiled=True)
+        items = load_items(path, self.protocol, self.limit)
+        result = HellaSwag(items, model, World(0, 1, device), compute)(bar=True)
+        choices = result.pop("choices")
+        if result["cut"]:
+            print(
+                f"{result['cut']} items were longer than the model's {model.config.block_size} "
+                "tokens: their beginning was cut"
+            )
+        print(json.dumps(result))
+        if self.per_item:
+            result["per_item"] = [choice._asdict() for choice in choices]
+        if self.out:
+            Path(self.out).write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":
-    run_script(lambda: parse(main))
+    run_script(lambda: parse(Scoring).run())

@@ -1,11 +1,11 @@
-"""python -m pytest tests/test_hellaswag.py : both protocols against their definition and against lm-eval, item by item."""
+"""Test both HellaSwag protocols against their definition and against lm-eval, item by item."""
 
-import contextlib
 import gzip
 import hashlib
 import io
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,25 +14,30 @@ import torch
 from conftest import ROOT, TINY, run, write_shards
 
 import hellaswag
-from config import UserError
-from distributed import World
 from model import GPT, GPTConfig
+from runtime.command_line import UserError
+from runtime.device import Compute
+from runtime.world import World
+from tokenizer import EOT, gpt2
 
-ONE = World(0, 1, torch.device("cpu"))
+CPU = torch.device("cpu")
+ONE = World(0, 1, CPU)
+FLOAT32 = Compute(CPU, torch.float32, compiled=False)
+PROTOCOLS = ("gpt2", "harness")
 OWN = ROOT / "tests" / "hellaswag_items.jsonl"  # written for these tests, in the data set's form
 ITEMS = [json.loads(line) for line in OWN.read_text().splitlines()]
-PLAIN = contextlib.nullcontext
 
 
 def make_model(**more) -> GPT:
-    """Random weights, large enough that the losses of endings differ by nats."""
+    """Build a model of random weights, so large that the losses of endings differ by nats."""
     torch.manual_seed(5)
-    m = GPT(GPTConfig(**dict(block_size=256, n_layer=2, n_head=2, n_embd=32) | more))
+    model = GPT(GPTConfig(**{"block_size": 256, "n_layer": 2, "n_head": 2, "n_embd": 32} | more))
     with torch.no_grad():
-        m.wte.weight.mul_(10)
-        for p in m.parameters() if m.config.modern else ():  # half of it starts at 0
-            p.add_(0.2 * torch.randn_like(p))
-    return m
+        model.wte.weight.mul_(10)
+        if model.config.modern:
+            for p in model.parameters():  # half of them start at 0
+                p.add_(0.2 * torch.randn_like(p))
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +51,11 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 
 @torch.no_grad()
-def naive(model, paths, block_size=None) -> list[float]:
-    """One ending at a time, no padding, all logits: summed losses."""
+def naive(model, endings, block_size: int = 10**6) -> list[float]:
+    """Sum the losses of one ending at a time: no padding, all logits."""
     losses = []
-    for context, ending, _ in paths:
-        ids = (context + ending)[-((block_size or 10**6) + 1) :]
+    for context, ending, _ in endings:
+        ids = (context + ending)[-(block_size + 1) :]
         log_p = model(torch.tensor([ids[:-1]]))[0].log_softmax(-1)
         n = min(len(ending), len(ids) - 1)
         losses.append(-sum(log_p[i - 1, ids[i]].item() for i in range(len(ids) - n, len(ids))))
@@ -59,157 +64,158 @@ def naive(model, paths, block_size=None) -> list[float]:
 
 @pytest.mark.parametrize(
     "switches",
-    [dict(), dict(use_rope=True), dict(use_rope=True, use_swiglu=True), dict(arch="modern")],
+    [{}, {"use_rope": True}, {"use_rope": True, "use_swiglu": True}, {"arch": "modern"}],
     ids=["learned", "rope", "swiglu", "modern"],
 )
-@pytest.mark.parametrize("protocol", hellaswag.PROTOCOLS)
+@pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_equals_the_naive_loop(switches, protocol):
     """Losses of all endings to 1e-4, and the same choices, however the rows are filled."""
     model = make_model(**switches)
-    paths = [hellaswag.encode_item(item, protocol) for item in ITEMS]
-    expected = np.array([naive(model, p) for p in paths])
-    by_norm = expected / np.array([[d for _, _, d in p] for p in paths])
+    endings = [hellaswag.encode_endings(item, protocol) for item in ITEMS]
+    expected = np.array([naive(model, of_item) for of_item in endings])
+    by_norm = expected / np.array([[divisor for _, _, divisor in of_item] for of_item in endings])
     labels = np.array([item["label"] for item in ITEMS])
-    assert (expected.argmin(1) != by_norm.argmin(1)).any() and len(
-        set(expected.argmin(1))
-    ) > 2  # it is about something
-    items = hellaswag.load(OWN, protocol)
+    # the two accuracies and the four choices differ, so that a mistake shows
+    assert (expected.argmin(1) != by_norm.argmin(1)).any()
+    assert len(set(expected.argmin(1))) > 2
+    items = hellaswag.load_items(OWN, protocol)
     for rows in (1, 3, 64):
-        h = hellaswag.HellaSwag(items, model, ONE, PLAIN, rows=rows)
+        h = hellaswag.HellaSwag(items, model, ONE, FLOAT32, rows=rows)
         np.testing.assert_allclose(h.losses(), expected, atol=1e-4, rtol=0)
-        assert (
-            len({tuple(map(tuple, (t.shape for t in b))) for b in h.batches}) == 1
-        )  # one shape: compiled once
-        r = h()
-        assert (r["acc"], r["acc_norm"]) == (
-            (expected.argmin(1) == labels).mean(),
-            (by_norm.argmin(1) == labels).mean(),
-        )
-        assert (r["items"], r["cut"], r["protocol"]) == (len(ITEMS), 0, protocol)
-        assert r["se"] == pytest.approx((r["acc_norm"] * (1 - r["acc_norm"]) / len(ITEMS)) ** 0.5)
+        shapes = {tuple(t.shape for t in batch) for batch in h.batches}
+        assert len(shapes) == 1  # compiled once
+        result = h()
+        assert result["acc"] == (expected.argmin(1) == labels).mean()
+        assert result["acc_norm"] == (by_norm.argmin(1) == labels).mean()
+        assert (result["items"], result["cut"], result["protocol"]) == (len(ITEMS), 0, protocol)
+        variance = result["acc_norm"] * (1 - result["acc_norm"])
+        assert result["se"] == pytest.approx((variance / len(ITEMS)) ** 0.5)
 
 
-@pytest.mark.parametrize("protocol", hellaswag.PROTOCOLS)
+@pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("use_rope", [False, True])
 def test_long_contexts_lose_their_beginning(protocol, use_rope):
-    """Each ending keeps as much of its context as the model can take; how many items that befell is told."""
+    """Each ending keeps as much context as the model can take; the items cut are counted."""
     model = make_model(block_size=32, use_rope=use_rope)
-    paths = [hellaswag.encode_item(item, protocol) for item in ITEMS]
-    h = hellaswag.HellaSwag(hellaswag.load(OWN, protocol), model, ONE, PLAIN, rows=2)
-    np.testing.assert_allclose(h.losses(), [naive(model, p, 32) for p in paths], atol=1e-4, rtol=0)
-    assert (
-        0
-        < h()["cut"]
-        == sum(max(len(c) + len(e) for c, e, _ in p) > 33 for p in paths)
-        < len(ITEMS)
-    )
+    endings = [hellaswag.encode_endings(item, protocol) for item in ITEMS]
+    items = hellaswag.load_items(OWN, protocol)
+    h = hellaswag.HellaSwag(items, model, ONE, FLOAT32, rows=2)
+    expected = [naive(model, of_item, 32) for of_item in endings]
+    np.testing.assert_allclose(h.losses(), expected, atol=1e-4, rtol=0)
+    too_long = [max(len(c) + len(e) for c, e, _ in of_item) > 33 for of_item in endings]
+    assert 0 < h()["cut"] == sum(too_long) < len(ITEMS)
 
 
 def test_texts_longer_than_a_row_make_longer_rows(model):
-    items = hellaswag.load(OWN, "gpt2")
-    short, long = (hellaswag.pack(items, 256, 2, torch.device("cpu"), T=T)[0] for T in (32, 512))
-    assert short[0].idx.shape[1] == 128 and long[0].idx.shape[1] == 512
-    found = []
+    """T grows to a multiple of 128 that holds the longest text; the losses stay the same."""
+    items = hellaswag.load_items(OWN, "gpt2")
+    short, _ = hellaswag.pack_items(items, 256, 2, CPU, T=32)
+    long, _ = hellaswag.pack_items(items, 256, 2, CPU, T=512)
+    assert short[0].idx.shape[1] == 128
+    assert long[0].idx.shape[1] == 512
+    losses = []
     for batches in (short, long):
-        h = hellaswag.HellaSwag(items, model, ONE, PLAIN)
+        h = hellaswag.HellaSwag(items, model, ONE, FLOAT32)
         h.batches, h.rounds = batches, len(batches)
-        found.append(h.losses())
-    np.testing.assert_allclose(*found, atol=1e-4, rtol=0)
+        losses.append(h.losses())
+    np.testing.assert_allclose(*losses, atol=1e-4, rtol=0)
 
 
 def test_rows_are_well_filled(shared):
-    items = hellaswag.load(shared / "hellaswag_val.jsonl.gz", "gpt2", 2000)
-    batches, _ = hellaswag.pack(items, 1024, 4, torch.device("cpu"))
-    assert sum((b.part != 7).sum().item() for b in batches) > 0.97 * sum(
-        b.part.numel() for b in batches
-    )
+    """Less than 3% of the slots are padding."""
+    items = hellaswag.load_items(shared / "hellaswag_val.jsonl.gz", "gpt2", 2000)
+    batches, _ = hellaswag.pack_items(items, 1024, 4, CPU)
+    used = sum((batch.segment != hellaswag.PADDING).sum().item() for batch in batches)
+    assert used > 0.97 * sum(batch.segment.numel() for batch in batches)
 
 
 def test_the_ranks_share_the_rows(model):
-    """Each ending is scored by one process, and all processes poll equally often."""
-    items = hellaswag.load(OWN, "harness")
-    whole, polls = hellaswag.HellaSwag(items, model, ONE, PLAIN, rows=1).losses(), []
-    parts = [
-        hellaswag.HellaSwag(items, model, World(r, 4, torch.device("cpu")), PLAIN, rows=1).losses(
-            lambda: polls.append(r)
-        )
-        for r in range(4)
-    ]
+    """Each ending is scored by one rank, and all ranks poll equally often."""
+    items = hellaswag.load_items(OWN, "harness")
+    whole = hellaswag.HellaSwag(items, model, ONE, FLOAT32, rows=1).losses()
+    parts = []
+    polls = [[], [], [], []]
+    for rank in range(4):
+        h = hellaswag.HellaSwag(items, model, World(rank, 4, CPU), FLOAT32, rows=1)
+        parts.append(h.losses(partial(polls[rank].append, 1)))
     np.testing.assert_allclose(sum(parts), whole, atol=1e-5)
-    assert all((p != 0).any() for p in parts) and len({polls.count(r) for r in range(4)}) == 1
+    assert all((part != 0).any() for part in parts)
+    assert len({len(calls) for calls in polls}) == 1
 
 
 def test_compiled_once(model):
     """All batches, and a second evaluation, use the one compiled graph; the losses are the same."""
-    items = hellaswag.load(OWN, "gpt2")
-    h = hellaswag.HellaSwag(items, model, ONE, PLAIN, rows=2)
-    plain, compiled = h.losses(), []
+    items = hellaswag.load_items(OWN, "gpt2")
+    h = hellaswag.HellaSwag(items, model, ONE, FLOAT32, rows=2)
+    plain = h.losses()
+    compiled = []
 
     def backend(graph, inputs):
         compiled.append(1)
         return graph.forward
 
-    h.nats = torch.compile(hellaswag.nats, fullgraph=True, dynamic=False, backend=backend)
+    h.score = torch.compile(hellaswag.score_tokens, fullgraph=True, dynamic=False, backend=backend)
     assert len(h.batches) > 2
     for _ in range(2):
         np.testing.assert_allclose(h.losses(), plain, atol=1e-4)
     assert len(compiled) == 1
 
 
-# ---- rendering -----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# rendering
 
 
 def test_rendering():
-    item = dict(
-        activity_label="Home",
-        ctx_a="[header] How to sing [title] Breathe. [step] Slowly.",
-        ctx_b="then YOU",
-        ctx="",
-        endings=["open  your mouth [laughs] wide", " [title] Stop. [step] Go", "x", "y"],
-        label=1,
-    )
-    query, endings = hellaswag.render(item)
+    """Headings in brackets go, [title] becomes a full stop, ctx_b is capitalised."""
+    item = {
+        "activity_label": "Home",
+        "ctx_a": "[header] How to sing [title] Breathe. [step] Slowly.",
+        "ctx_b": "then YOU",
+        "ctx": "",
+        "endings": ["open  your mouth [laughs] wide", " [title] Stop. [step] Go", "x", "y"],
+        "label": 1,
+    }
+    query, endings = hellaswag.render_item(item)
     assert query == "Home: How to sing. Breathe. Slowly. Then you"
     assert endings[:2] == ["open your mouth wide", " Stop. Go"]
-    assert hellaswag.render(dict(activity_label="A", ctx="b c", endings=["d"])) == ("A: b c", ["d"])
+    rendered = {"activity_label": "A", "ctx": "b c", "endings": ["d"]}
+    assert hellaswag.render_item(rendered) == ("A: b c", ["d"])
 
 
 def test_context_and_ending_are_encoded_together_and_split():
-    item = dict(
-        activity_label="A",
-        ctx_a="How to [step]",
-        ctx_b="",
-        endings=["sing", "[x] loud", "a", "b"],
-        label=0,
-    )
-    (context, ending, n), (_, second, m), *_ = hellaswag.encode_item(item, "harness")
-    decode = hellaswag.gpt2().decode
-    assert (
-        decode(context) == "A: How to" and decode(ending) == "  sing" and n == 4
-    )  # the blanks go with the ending
-    assert decode(second) == "   loud" and m == 5
+    """Blanks at the end of the context go with the ending; acc_norm counts characters."""
+    item = {
+        "activity_label": "A",
+        "ctx_a": "How to [step]",
+        "ctx_b": "",
+        "endings": ["sing", "[x] loud", "a", "b"],
+        "label": 0,
+    }
+    first, second, *_ = hellaswag.encode_endings(item, "harness")
+    decode = gpt2().decode
+    assert (decode(first[0]), decode(first[1]), first[2]) == ("A: How to", "  sing", 4)
+    assert (decode(second[1]), second[2]) == ("   loud", 5)
 
 
-# ---- lm-eval -------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# lm-eval
 
 
 def lm_eval_samples(model, folder: Path, task: str) -> list[dict]:
-    """What lm-eval makes of a task with this model: its own tokenising and splitting, one ending at a time."""
+    """Run a task of lm-eval: its own tokenizing and splitting, one ending at a time."""
     import lm_eval
     from lm_eval.api.model import TemplateLM
     from lm_eval.tasks import TaskManager
 
     class Ours(TemplateLM):
-        eot_token_id = hellaswag.EOT
-        tok_encode = lambda self, text, add_special_tokens=None, **_: (
-            hellaswag.gpt2().encode_ordinary(text)
-        )
+        eot_token_id = EOT
+
+        def tok_encode(self, text, add_special_tokens=None, **_):
+            return gpt2().encode_ordinary(text)
 
         def _loglikelihood_tokens(self, requests, **_):
-            return [
-                (-naive(model, [(c, e, 0)], model.config.block_size)[0], False)
-                for _, c, e in requests
-            ]
+            losses = naive(model, [(c, e, 0) for _, c, e in requests], model.config.block_size)
+            return [(-loss, False) for loss in losses]
 
         loglikelihood_rolling = generate_until = None
 
@@ -224,187 +230,186 @@ def lm_eval_samples(model, folder: Path, task: str) -> list[dict]:
     return sorted(results["samples"]["local"], key=lambda s: s["doc_id"])
 
 
+# HellaSwag as lm-eval has it, for items whose text is rendered already
+RENDERED_TASK = """\
+output_type: multiple_choice
+validation_split: validation
+doc_to_text: "{{activity_label}}: {{ctx}}"
+doc_to_target: "{{label}}"
+doc_to_choice: endings
+metric_list:
+  - metric: acc
+  - metric: acc_norm
+"""
+LOCAL_DATA = """\
+task: local
+training_split: null
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    validation: """
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["own", "rendered"])
-def test_equals_lm_eval(model, tmp_path, monkeypatch, request, which):
-    """acc and acc_norm item by item: the stock task on our own items, and 250 shared ones whose text is rendered already."""
+@pytest.mark.parametrize("kind", ["own", "rendered"])
+def test_equals_lm_eval(model, tmp_path, monkeypatch, request, kind):
+    """acc and acc_norm item by item: the stock task on our items, and 252 of the shared ones."""
     lm_eval = pytest.importorskip("lm_eval", reason="pip install lm-eval==0.4.13")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     data = tmp_path / "items.jsonl"
-    if which == "own":
+    if kind == "own":
         stock = Path(lm_eval.__file__).parent / "tasks" / "hellaswag" / "hellaswag.yaml"
         task = f"include: {stock}\n"
         shutil.copy(OWN, data)
     else:
-        raw = gzip.open(
-            request.getfixturevalue("shared") / "hellaswag_val.jsonl.gz", "rt", encoding="utf-8"
-        ).readlines()
-        data.write_text("".join(raw[::40]), encoding="utf-8")
-        task = (
-            'output_type: multiple_choice\nvalidation_split: validation\ndoc_to_text: "{{activity_label}}: {{ctx}}"\n'
-            'doc_to_target: "{{label}}"\ndoc_to_choice: endings\nmetric_list:\n  - metric: acc\n  - metric: acc_norm\n'
-        )
-    task += f"task: local\ntraining_split: null\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    validation: {data}\n"
-    samples = lm_eval_samples(model, tmp_path, task)
-    result = hellaswag.HellaSwag(hellaswag.load(data, "harness"), model, ONE, PLAIN)()
-    assert len(samples) == result["items"] == (44 if which == "own" else 252)
+        archive = request.getfixturevalue("shared") / "hellaswag_val.jsonl.gz"
+        with gzip.open(archive, "rt", encoding="utf-8") as f:
+            data.write_text("".join(f.readlines()[::40]), encoding="utf-8")
+        task = RENDERED_TASK
+    samples = lm_eval_samples(model, tmp_path, f"{task}{LOCAL_DATA}{data}\n")
+    items = hellaswag.load_items(data, "harness")
+    result = hellaswag.HellaSwag(items, model, ONE, FLOAT32)()
+    assert len(samples) == result["items"] == (44 if kind == "own" else 252)
     for sample, (by_sum, by_norm, label, losses) in zip(samples, result["choices"]):
         np.testing.assert_allclose(losses, [-float(r[0][0]) for r in sample["resps"]], atol=1e-3)
-        assert (sample["acc"], sample["acc_norm"]) == (by_sum == label, by_norm == label), sample[
-            "doc"
-        ]
+        assert sample["acc"] == (by_sum == label), sample["doc"]
+        assert sample["acc_norm"] == (by_norm == label), sample["doc"]
 
 
-# ---- data ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# data
 
 
 def test_limit_is_spread_and_files_may_be_gz(tmp_path):
     path = tmp_path / "h.jsonl.gz"
     path.write_bytes(gzip.compress(OWN.read_bytes()))
-    items = hellaswag.load(path, "gpt2", 4)
-    assert (
-        items.labels.tolist() == [ITEMS[i]["label"] for i in (0, 11, 22, 33)]
-        and len(hellaswag.load(path).labels) == 44
-    )
-    first = items.tokens[: items.lengths[0, 0]].tolist()
-    assert first == hellaswag.gpt2().encode_ordinary(ITEMS[0]["ctx"])
+    items = hellaswag.load_items(path, "gpt2", 4)
+    assert items.labels.tolist() == [ITEMS[i]["label"] for i in (0, 11, 22, 33)]
+    texts = np.split(items.tokens, items.lengths.ravel().cumsum()[:-1])
+    endings = [e for i in (0, 11, 22, 33) for e in hellaswag.encode_endings(ITEMS[i], "gpt2")]
+    assert [text.tolist() for text in texts] == [ids for e in endings for ids in e[:2]]
+    assert items.divisors.tolist() == [divisor for _, _, divisor in endings]
+    assert len(hellaswag.load_items(path).labels) == 44
 
 
-def test_tokens_are_kept_on_disk(tmp_path, monkeypatch):
-    """Tokenised once per file and protocol; a damaged or unwritable cache is made anew or done without."""
-    a = hellaswag.load(OWN)
-    (cache,) = hellaswag.DATA.parent.glob("*.npz")
-    with monkeypatch.context() as m:
-        m.setattr(hellaswag, "tokenise", None)
-        b = hellaswag.load(OWN)
+def test_tokens_are_cached_on_disk(tmp_path, monkeypatch):
+    """Tokenized once per file and protocol; a damaged cache is rewritten, an unwritable skipped."""
+    first = hellaswag.load_items(OWN)
+    (cache,) = hellaswag.DATA.parent.iterdir()
+    assert cache.suffix == ".npz"
+    with monkeypatch.context() as patched:
+        patched.setattr(hellaswag, "tokenize_items", None)
+        cached = hellaswag.load_items(OWN)
     raw = bytearray(cache.read_bytes())
     raw[len(raw) // 2] ^= 1
     cache.write_bytes(raw)
-    c = hellaswag.load(OWN)
+    rewritten = hellaswag.load_items(OWN)
     monkeypatch.setattr(hellaswag, "DATA", tmp_path / "no" / "such" / "place")
-    for other in (b, c, hellaswag.load(OWN)):
-        assert all(np.array_equal(x, y) for x, y in zip(a[:4], other[:4]))
+    for other in (cached, rewritten, hellaswag.load_items(OWN)):
+        assert all(np.array_equal(x, y) for x, y in zip(first[:4], other[:4]))
 
 
 def test_download(tmp_path, monkeypatch, capsys):
-    """Fetched once, under its own name only when its hash is right; without a network one line."""
+    """Downloaded once, named only when its hash is right; without a network one line."""
     raw = OWN.read_bytes()
     monkeypatch.setattr(hellaswag.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(raw))
-    assert (
-        hellaswag.fetch() is None
-        and "SHA-256" in (out := capsys.readouterr().out)
-        and "hint: put" in out
-        and out.count("\n") == 1
-    )
+    assert hellaswag.fetch_items() is None
+    out = capsys.readouterr().out
+    assert "SHA-256" in out and "hint: put" in out and out.count("\n") == 1
     assert not list(hellaswag.DATA.parent.iterdir())
     monkeypatch.setattr(hellaswag, "SHA256", hashlib.sha256(raw).hexdigest())
-    assert hellaswag.fetch() == hellaswag.DATA and hellaswag.DATA.read_bytes() == raw
+    assert hellaswag.fetch_items() == hellaswag.DATA
+    assert hellaswag.DATA.read_bytes() == raw
     monkeypatch.setattr(hellaswag.urllib.request, "urlopen", None)
-    assert hellaswag.fetch() == hellaswag.DATA
+    assert hellaswag.fetch_items() == hellaswag.DATA
 
 
 def test_foreign_files_are_refused(tmp_path):
-    for text in ('{"a": 1}\n', "", "[1]\n", json.dumps(dict(ITEMS[0], endings=["a"])) + "\n"):
+    three_endings_missing = json.dumps(ITEMS[0] | {"endings": ["a"]}) + "\n"
+    for text in ('{"a": 1}\n', "", "[1]\n", three_endings_missing):
         (tmp_path / "x.jsonl").write_text(text)
         with pytest.raises(UserError, match="x.jsonl is not HellaSwag"):
-            hellaswag.load(tmp_path / "x.jsonl")
+            hellaswag.load_items(tmp_path / "x.jsonl")
 
 
-# ---- beside training, and alone ------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# during training, and alone
+
+
+def options(**values) -> list[str]:
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
 def test_training_and_the_command_line(tmp_path):
-    """A run on two ranks logs it; the command gives the same figures, per item on request, and one line for a mistake."""
+    """A run on two ranks logs what the command finds; a mistake is one line."""
     data = write_shards(tmp_path / "data", {"train": [6000], "val": [2000]})
-    args = [
-        *TINY,
-        "--data_root",
-        data,
-        "--log_dir",
-        tmp_path,
-        "--max_steps",
-        "2",
-        "--run_name",
-        "r",
-    ]
-    args[args.index("--vocab_size") + 1], args[args.index("--hellaswag_limit") + 1] = "50304", "20"
-    code = (
-        "import sys, pathlib; sys.path.insert(0, '.'); import hellaswag, train_gpt2, config\n"
-        f"hellaswag.DATA = pathlib.Path({str(tmp_path / 'hellaswag_val.jsonl')!r})\nconfig.command_line(train_gpt2.main)"
+    changed = options(data_root=data, log_dir=tmp_path, max_steps=2, run_name="r")
+    args = [*TINY, *changed]
+    args[args.index("--vocab_size") + 1] = "50304"
+    args[args.index("--hellaswag_limit") + 1] = "20"
+    (tmp_path / "train.py").write_text(
+        "import pathlib, hellaswag, train_gpt2\n"
+        "from runtime.command_line import run_script\n"
+        f"hellaswag.DATA = pathlib.Path({str(tmp_path / 'hellaswag_val.jsonl')!r})\n"
+        "run_script(train_gpt2.main)\n"
     )
-    (tmp_path / "train.py").write_text(code)
     shutil.copy(OWN, tmp_path / "hellaswag_val.jsonl")
     done = run(tmp_path / "train.py", "gpt2-rope", *args, nproc=2, env={"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0 and "20 items, gpt2 protocol" in done.stdout, (
-        done.stdout + done.stderr
-    )
-    logged = [
-        json.loads(line)
-        for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
-        if "hella_norm" in line
-    ]
-    assert [r["step"] for r in logged] == [0, 2] and logged[0]["val/hella_se"] > 0
-    done = run(
-        "hellaswag.py",
-        "--model",
-        tmp_path / "r",
-        "--data",
-        OWN,
-        "--limit",
-        "20",
-        "--out",
-        tmp_path / "o.json",
-        "--per_item",
-        "True",
-        "--dtype",
-        "float32",
-        "--device",
-        "cpu",
-    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "20 items, gpt2 protocol" in done.stdout
+    lines = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
+    logged = [json.loads(line) for line in lines if "hella_norm" in line]
+    assert [record["step"] for record in logged] == [0, 2]
+    assert logged[0]["val/hella_se"] > 0
+
+    source = options(model=tmp_path / "r", data=OWN, limit=20)
+    result_file = options(out=tmp_path / "o.json", per_item=True)
+    done = run("hellaswag.py", *source, *result_file, *options(dtype="float32", device="cpu"))
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "o.json").read_text())
-    assert (
-        result["acc_norm"] == pytest.approx(logged[-1]["val/hella_norm"])
-        and len(result["per_item"]) == 20
-    )
     assert "items were longer than the model's 32 tokens" in done.stdout
-    assert result["protocol"] == "gpt2" and {"acc", "acc_se", "se", "items", "cut"} <= result.keys()
-    done = run("hellaswag.py", "--model", tmp_path / "r", "--data", "nowhere.jsonl")
-    assert (
-        done.returncode == 2
-        and "no such file: nowhere.jsonl" in done.stderr
-        and "Traceback" not in done.stderr
-    )
+    result = json.loads((tmp_path / "o.json").read_text())
+    assert result["acc_norm"] == pytest.approx(logged[-1]["val/hella_norm"])
+    assert len(result["per_item"]) == 20
+    item_fields = ["acc_choice", "acc_norm_choice", "label", "losses"]
+    assert list(result.pop("per_item")[0]) == item_fields
+    assert result == json.loads(done.stdout.splitlines()[-1])
+    fields = ["protocol", "items", "cut", "acc", "acc_se", "acc_norm", "se"]
+    assert list(result) == fields
+    assert result["protocol"] == "gpt2"
+
+    done = run("hellaswag.py", *options(model=tmp_path / "r", data="nowhere.jsonl"))
+    assert done.returncode == 2
+    assert "no such file: nowhere.jsonl" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
-def test_the_first_process_alone_reads_the_set(model, monkeypatch):
+def test_rank_0_alone_reads_the_set(model, monkeypatch):
     """The others get it from there: they may be on machines without the file."""
-    items = hellaswag.load(OWN, "gpt2", 10)
-    monkeypatch.setattr(
-        hellaswag, "from_first", lambda make: items
-    )  # as in any but the first: make() is not called
-    monkeypatch.setattr(hellaswag, "load", None)
-    monkeypatch.setattr(hellaswag, "fetch", None)
-    assert hellaswag.for_training(10, model, ONE, PLAIN, False, print)()["items"] == 10
+    items = hellaswag.load_items(OWN, "gpt2", 10)
+    # as on any rank but 0: make() is not called
+    monkeypatch.setattr(hellaswag, "on_rank0", lambda make: items)
+    monkeypatch.setattr(hellaswag, "load_items", None)
+    monkeypatch.setattr(hellaswag, "fetch_items", None)
+    assert hellaswag.for_training(10, model, ONE, FLOAT32)()["items"] == 10
+
+
+def test_no_data_or_limit_0_turns_it_off_during_training(model, monkeypatch):
+    monkeypatch.setattr(hellaswag, "fetch_items", lambda: None)
+    assert hellaswag.for_training(10, model, ONE, FLOAT32) is None
+    monkeypatch.setattr(hellaswag, "fetch_items", None)
+    assert hellaswag.for_training(0, model, ONE, FLOAT32) is None
 
 
 @pytest.mark.slow
 def test_the_shared_set(shared, model):
-    """500 items of the real validation set: the choices of the naive loop, margins below 1e-5 aside, and near chance."""
-    items = hellaswag.load(shared / "hellaswag_val.jsonl.gz", "gpt2", 500)
-    found = hellaswag.HellaSwag(items, model, ONE, PLAIN)()
-    ends = items.lengths.sum(1).cumsum()
-    for i, (by_sum, by_norm, label, losses) in enumerate(found["choices"]):
-        paths = [
-            (
-                items.tokens[ends[p] - sum(n) : ends[p] - n[1]].tolist(),
-                items.tokens[ends[p] - n[1] : ends[p]].tolist(),
-                0,
-            )
-            for p, n in enumerate(items.lengths[4 * i : 4 * i + 4], 4 * i)
-        ]
-        expected = np.array(naive(model, paths))
-        np.testing.assert_allclose(losses, expected, atol=1e-3)
+    """500 real items: the naive loop's choices, margins below 1e-5 aside, and near chance."""
+    items = hellaswag.load_items(shared / "hellaswag_val.jsonl.gz", "gpt2", 500)
+    result = hellaswag.HellaSwag(items, model, ONE, FLOAT32)()
+    texts = np.split(items.tokens, items.lengths.ravel().cumsum()[:-1])
+    for i, item in enumerate(result["choices"]):
+        parts = [text.tolist() for text in texts[8 * i : 8 * i + 8]]
+        expected = np.array(naive(model, zip(parts[::2], parts[1::2], [0] * 4)))
+        np.testing.assert_allclose(item.losses, expected, atol=1e-3)
         best, second = np.sort(expected)[:2]
-        assert by_sum == expected.argmin() or second - best < 1e-5
-    assert 0.15 < found["acc_norm"] < 0.4
+        assert item.acc_choice == expected.argmin() or second - best < 1e-5
+    assert 0.15 < result["acc_norm"] < 0.4
