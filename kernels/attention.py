@@ -4,7 +4,7 @@ import ctypes
 
 import torch
 
-from kernels.build import KernelError, load
+from kernels.build import KernelError, load_library
 
 
 def install_cpu_attention(model, dtype: torch.dtype) -> bool:
@@ -21,7 +21,7 @@ def install_cpu_attention(model, dtype: torch.dtype) -> bool:
     if head_width % 32:
         return False
     try:
-        library = load("attention.cpp")
+        library = load_library("attention.cpp")
     except KernelError:
         return False
     if not hasattr(library, f"forward_{type_name(dtype)}"):
@@ -40,7 +40,7 @@ def call(name: str, *tensors: torch.Tensor):
     described = []
     for x in tensors:
         described += [x.data_ptr(), *x.stride()[:3]]
-    function = getattr(load("attention.cpp"), f"{name}_{type_name(tensors[0].dtype)}")
+    function = getattr(load_library("attention.cpp"), f"{name}_{type_name(tensors[0].dtype)}")
     function((ctypes.c_long * len(described))(*described), *map(ctypes.c_long, tensors[0].shape))
 
 

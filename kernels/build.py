@@ -16,7 +16,7 @@ class KernelError(Exception):
 
 
 @functools.cache
-def load(source: str) -> ctypes.CDLL:
+def load_library(source: str) -> ctypes.CDLL:
     """Return the functions of a source file, compiled at the first call (two seconds).
 
     OpenMP's threads are torch's: its library is loaded already. Raises KernelError.

@@ -10,7 +10,7 @@ import ctypes
 import torch
 import torch.nn as nn
 
-from kernels.build import load
+from kernels.build import load_library
 
 
 class PackedLinear(nn.Module):
@@ -33,7 +33,7 @@ class PackedLinear(nn.Module):
         if bias is not None:
             self.bias[: self.N] = bias.detach()
         name = str(dtype).removeprefix("torch.")
-        self.kernel = getattr(load("packed.cpp"), f"linear_{name}")
+        self.kernel = getattr(load_library("packed.cpp"), f"linear_{name}")
         buffers = (self.weight, self.scale, self.bias)
         self.pointers = [ctypes.c_void_p(t.data_ptr()) for t in buffers]
 

@@ -18,7 +18,7 @@ import generate
 import hf
 from generate import Sampling, Text
 from kernels import packed
-from kernels.build import KernelError, load
+from kernels.build import KernelError, load_library
 from model import GPT, GPTConfig, KVCache
 from runtime import checkpoint
 from runtime.command_line import UserError, run_script
@@ -271,7 +271,7 @@ def test_sample_texts_are_a_function_of_the_arguments(model):
 
 def packed_compiles() -> bool:
     try:
-        load("packed.cpp")
+        load_library("packed.cpp")
     except KernelError:
         return False
     return True

@@ -31,7 +31,7 @@ if platform.machine() == "x86_64":
 
 def compiles() -> bool:
     try:
-        build.load("attention.cpp")
+        build.load_library("attention.cpp")
     except build.KernelError:
         return False
     return True
@@ -50,7 +50,7 @@ def error(x: torch.Tensor, exact: torch.Tensor) -> float:
 
 def dtypes() -> list[torch.dtype]:
     """List the types that the kernel in use has."""
-    library = kernel.load("attention.cpp")
+    library = kernel.load_library("attention.cpp")
     both = (torch.float32, torch.bfloat16)
     return [dtype for dtype in both if hasattr(library, f"forward_{kernel.type_name(dtype)}")]
 
@@ -73,14 +73,14 @@ def results(function, inputs, dtype) -> list[torch.Tensor]:
 def compiled_with(flags: tuple[str, ...]) -> ctypes.CDLL:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(build, "FLAGS", (*build.FLAGS, *flags))
-        return build.load.__wrapped__("attention.cpp")
+        return build.load_library.__wrapped__("attention.cpp")
 
 
 @pytest.fixture(params=FLAGS, ids=lambda flags: " ".join(flags) or "native")
 def processor(request, monkeypatch):
     """Put attention.cpp, compiled with other flags, in the place of the one in use."""
     if request.param:
-        monkeypatch.setattr(kernel, "load", lambda source: compiled_with(request.param))
+        monkeypatch.setattr(kernel, "load_library", lambda source: compiled_with(request.param))
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_without_a_kernel_torchs_attention_stays(monkeypatch):
     def no_compiler(source):
         raise build.KernelError("FileNotFoundError: g++")
 
-    monkeypatch.setattr(kernel, "load", no_compiler)
+    monkeypatch.setattr(kernel, "load_library", no_compiler)
     model = GPT(GPTConfig(**config, n_embd=64))
     assert not install_cpu_attention(model, torch.float32)
     assert model(torch.zeros(1, 16, dtype=torch.int64)).isfinite().all()
