@@ -5,9 +5,9 @@
     python generate.py --model gpt2 --prompt "Hello, I'm a" "Once upon a time" --temperature 0.8
     python generate.py --file prompts.txt --stop $'\\n\\n' --json True > out.jsonl
 
-A file has one prompt per line; "-" is stdin. Sample i of a prompt is a function of (model, prompt,
-seed, i) and the sampling settings: it depends neither on the other prompts nor on the number of
-samples.
+A file has one prompt per line; "-" is stdin. In float32 sample i of a prompt is a function of
+(model, prompt, seed, i) and the sampling settings: it depends neither on the other prompts nor on
+the number of samples. In bfloat16 matrix shapes change the rounding, and with it some samples.
 """
 
 import codecs
@@ -334,6 +334,7 @@ def load_model(args: Settings) -> tuple[GPT, Callable]:
             f"{source} knows {model.config.vocab_size} tokens, GPT-2's tokenizer has {N_VOCAB}; "
             "hint: a model trained with --vocab_size 50304"
         )
+    n_parameters = model.num_params()  # packed weights are no parameters
     model = to_dtype(model, args.dtype, device, packed=not args.use_compile)
     decode_step = decode
     if args.use_compile:
@@ -343,7 +344,7 @@ def load_model(args: Settings) -> tuple[GPT, Callable]:
                 f"torch.compile does not work here ({error}); hint: --use_compile False"
             )
         decode_step = torch.compile(decode, fullgraph=True, dynamic=False)
-    print_status(args, f"model | {source} | {model.num_params():,} parameters")
+    print_status(args, f"model | {source} | {n_parameters:,} parameters")
     return model, decode_step
 
 
