@@ -4,7 +4,6 @@ The parts of bench/ as a user calls them, at a size where the figures mean nothi
 table, and the line of JSON.
 """
 
-import dataclasses
 import json
 import statistics
 import time
@@ -19,9 +18,10 @@ from bench.__main__ import PARTS
 from bench.common import REPO, Side, alternate
 from bench.hellaswag import other_choices
 from bench.loader import BASELINE, BaselineLoader, open_windows, sparse_shards
-from bench.step import StepPart, peak_memory
+from bench.step import BASELINES, StepPart, peak_memory
 from bench.suite import SuitePart, run_variants
 from bench.transformers_gpt2 import transformers_gpt2
+from config import preset
 from runtime.command_line import UserError, parse
 from runtime.world import World
 from shard_files import open_shards
@@ -294,8 +294,9 @@ def test_the_command_lines_of_the_suite_are_understood():
     for part, *options in SuitePart(device="cpu").variants():
         settings = parse(PARTS[part], args=options)
         assert settings.device == "cpu"
-        if dataclasses.is_dataclass(settings) and hasattr(settings, "check"):
-            settings.check()
+        if part == "step":
+            for name in {settings.preset, *settings.against} - set(BASELINES):
+                preset(name)
 
 
 def test_the_suite_continues_after_a_failure(tmp_path, capsys):
