@@ -41,7 +41,7 @@ class HellaSwagPart(Common):
             keep_freed_memory()
         compute = Compute(device, autocast_dtype(device, self.dtype), compiled=True)
         model = self.load_model(self.model).to(device)
-        items = hellaswag.load(Path(self.data), "gpt2", self.items)
+        items = hellaswag.load_items(Path(self.data), "gpt2", self.items)
         packed = hellaswag.HellaSwag(items, model, World(0, 1, device), compute)
         n = len(items.labels)
         sides = {

@@ -99,7 +99,7 @@ def test_gpu_hellaswag_equals_the_cpus_and_compiles_once():
     model = GPT(GPTConfig(block_size=256, n_layer=2, n_head=2, n_embd=32))
     with torch.no_grad():
         model.wte.weight.mul_(10)
-    items = hellaswag.load(ROOT / "tests" / "hellaswag_items.jsonl", "gpt2")
+    items = hellaswag.load_items(ROOT / "tests" / "hellaswag_items.jsonl", "gpt2")
 
     def evaluation(device: torch.device, compiled: bool) -> hellaswag.HellaSwag:
         compute = Compute(device, torch.float32, compiled)
