@@ -1,8 +1,11 @@
-"""python -m pytest tests/test_notebooks.py [-m slow] : notebooks run, hold what they print; notes point at things that exist.
+"""Notebooks run and hold what they print; notes point at things that exist.
 
-`jupyter execute --inplace NOTEBOOK` runs a notebook anew and stores its outputs. A cell tagged "exact" prints the same everywhere:
-its text must equal the new run's. Other text (times, losses after training) may differ in its numbers, not in its words. Pictures
-that a notebook saves in images/ must look like those of the new run.
+python -m pytest tests/test_notebooks.py [-m slow]
+
+`jupyter execute --inplace NOTEBOOK` runs a notebook anew and stores its outputs. A cell tagged
+"exact" prints the same everywhere: its text must equal the new run's. Other text (times, losses
+after training) may differ in its numbers, not in its words. Pictures that a notebook saves in
+images/ must look like those of the new run.
 """
 
 import ast
@@ -60,13 +63,13 @@ def prose(name: str) -> str:
     return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # notebooks
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_a_notebook_holds_one_clean_run(name):
-    """Cells in order, no error, nothing on stderr, no path of the machine it ran on, at most 1 MB."""
+    """Cells in order, no error, nothing on stderr, no path of the machine, at most 1 MB."""
     assert (ROOT / name).stat().st_size <= 1_000_000
     notebook = read(name)
     nbformat.validate(notebook)
@@ -79,7 +82,8 @@ def test_a_notebook_holds_one_clean_run(name):
         ), cell.source
         if "exact" in cell.metadata.get("tags", ()):
             assert printed(cell), cell.source
-        # a path: a slash at the beginning of a word, with a second one (" / n" divides, "/a/b" does not)
+        # a path: a slash at the beginning of a word, with a second one (" / n" divides, "/a/b" does
+        # not)
         assert not re.search(
             r"(?<![\w.)}\]/>:~])/\w[\w.-]*/\w", cell.source + "\n" + printed(cell)
         ), cell.source
@@ -91,7 +95,7 @@ def test_a_notebook_holds_one_clean_run(name):
     "name", [n for n in NOTEBOOKS if n != "load-hf-gpt2.ipynb"]
 )  # test_hf.py runs that one
 def test_a_notebook_runs_and_its_outputs_are_those_of_the_run(name, clone, monkeypatch):  # noqa: F811
-    """From a fresh kernel, in its own directory of a copy that holds the tracked files alone, without a network."""
+    """From a fresh kernel, in a copy that holds the tracked files alone, without a network."""
     if not (clone / "log" / "reference").exists():  # the copy of a tree without git
         shutil.copytree(ROOT / "log" / "reference", clone / "log" / "reference")
     for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
@@ -106,7 +110,6 @@ def test_a_notebook_runs_and_its_outputs_are_those_of_the_run(name, clone, monke
     nbclient.NotebookClient(
         fresh, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(where)}}
     ).execute()
-    words = lambda text: re.sub(r"[-+−]?\d[\d,.]*(e[-+]?\d+)?|\s+", " ", text).split()
     for before, after in zip(code(stored), code(fresh)):
         if "exact" in before.metadata.get("tags", ()):
             assert printed(before) == printed(after)
@@ -119,8 +122,16 @@ def test_a_notebook_runs_and_its_outputs_are_those_of_the_run(name, clone, monke
         )
 
 
+def words(text: str) -> list[str]:
+    """A text without its numbers."""
+    return re.sub(r"[-+−]?\d[\d,.]*(e[-+]?\d+)?|\s+", " ", text).split()
+
+
 def like(a, b) -> bool:
-    """The same size within 3% and, where it is the same, nearly the same pixels: fonts and training differ between machines."""
+    """The same size within 3% and, where it is the same, nearly the same pixels.
+
+    Fonts and training differ between machines.
+    """
     import matplotlib.image
 
     a, b = (matplotlib.image.imread(path)[..., :3] for path in (a, b))
@@ -130,7 +141,7 @@ def like(a, b) -> bool:
 
 
 def test_each_preset_has_one_colour_everywhere():
-    """That of compare.py: its colours are told apart with any colour vision (Okabe and Ito 2008), and no notebook writes one down."""
+    """compare.py's: told apart with any colour vision (Okabe and Ito 2008); no notebook has others."""
     okabe_ito = {
         "#000000",
         "#E69F00",
@@ -152,7 +163,7 @@ def test_each_preset_has_one_colour_everywhere():
         assert not written & okabe_ito, name
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # notes
 
 
@@ -176,7 +187,7 @@ def test_links_lead_somewhere(name):
 
 
 def names_in(file: str) -> set[str]:
-    """What a module defines: functions, classes and their members and fields, constants; also `PRESETS`' keys."""
+    """What a module defines: functions, classes, their members and fields, constants."""
     names = set()
 
     def collect(body, prefix=""):
@@ -207,7 +218,7 @@ def test_code_that_is_pointed_at_exists(name):
 
 
 def test_figures_said_to_be_from_the_log_are_in_it():
-    """In the lecture notes' table of effects, each row names its source; where that is a file of ours, its figures must be in it."""
+    """Each row of the table of effects names its source; where it is ours, it has the figures."""
     text, checked = (ROOT / "notes" / "lecture_notes.md").read_text(), 0
     for effect, source in re.findall(r"^\| [^|]+ \| ([^|]+) \| ([^|]+) \|$", text, re.MULTILINE):
         if target := re.search(r"\]\(([^)#]+)[^)]*\)", source):
