@@ -141,7 +141,7 @@ def like(a, b) -> bool:
 
 
 def test_each_preset_has_one_colour_everywhere():
-    """compare.py's: told apart with any colour vision (Okabe and Ito 2008); no notebook has others."""
+    """Told apart with any colour vision (Okabe and Ito 2008); no notebook has others."""
     okabe_ito = {
         "#000000",
         "#E69F00",
