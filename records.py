@@ -71,12 +71,13 @@ class Records:
             for directory in (cfg.checkpoint_dir, cfg.run_dir):
                 directory.mkdir(parents=True, exist_ok=True)
             checkpoint.need_space(cfg.checkpoint_dir, self.model, cfg.keep_last)
+            machine = environment(self.world.device, self.world.world_size)
             self.log.open(cfg.run_dir, self.start_step)
             (cfg.run_dir / "finished.json").unlink(missing_ok=True)
             write_json(cfg.run_dir / "config.json", dataclasses.asdict(cfg))
-            machine = environment(self.world.device, self.world.world_size)
             write_json(cfg.run_dir / "env.json", machine)
         except OSError as e:
+            self.log.close()
             raise UserError(
                 f"cannot write to {cfg.run_dir}: {e.strerror}; "
                 "hint: --log_dir and --ckpt_dir choose another place"
@@ -172,12 +173,6 @@ class Records:
         except (OSError, ValueError) as e:
             say(f"curves | not drawn: {one_line(e)}")
 
-    def abandon(self):
-        """Close what is open after an error: threads, and the log with its lock."""
-        if self.saver:
-            self.saver.close()
-        self.log.close()
-
     def close_checkpoints(self) -> bool:
         """Wait for the last checkpoint; tell whether it was written."""
         return self.saver is None or self.saver.close()
@@ -190,6 +185,14 @@ class Records:
         self.draw_curves()
         if finished:
             mark_finished(self.cfg, self.val_loss)
+
+    def release(self):
+        """Give the run directory back after an error, so that this process can resume the run.
+
+        Where the error is kept, as in a notebook, nothing that the run had open closes by itself.
+        """
+        self.close_checkpoints()
+        self.log.close(wandb_seconds=0)
 
 
 # --------------------------------------------------------------------------------------------------

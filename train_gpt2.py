@@ -208,13 +208,14 @@ def run_stages(cfg: TrainConfig, world: World, stop: Stop) -> Result:
         return evaluate_only(cfg, model, resume_from, data.val, world, stop)
     run = set_up(cfg, model, resume_from, data, world, stop)
     try:
+        run.records.measure_bigram(data.val)
         warm_up(run)
         step, finished = train_loop(run)
-    except BaseException:  # in a notebook the process lives on: release the run directory
+        return finish(run, step, finished)
+    except BaseException:
         run.loader.close()
-        run.records.abandon()
+        run.records.release()
         raise
-    return finish(run, step, finished)
 
 
 def build_model(cfg: TrainConfig, resume_from: Checkpoint | None, world: World) -> GPT:
@@ -310,8 +311,6 @@ def set_up(
     loader = shards.Loader(
         train_data, cfg.total_batch, cfg.B, world, start_step, cfg.batch_hashes, stop.ask
     )
-    run_records = records.Records(cfg, model, optimizer, loader, resume_from, world, stop)
-    run_records.measure_bigram(data.val)
     return Run(
         cfg=cfg,
         world=world,
@@ -323,7 +322,7 @@ def set_up(
         loader=loader,
         gradients=optim.Gradients(model, ddp, micro_steps, cfg.deterministic),
         evaluate=evaluate,
-        records=run_records,
+        records=records.Records(cfg, model, optimizer, loader, resume_from, world, stop),
         start_step=start_step,
         micro_steps=micro_steps,
         started=started,

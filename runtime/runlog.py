@@ -132,7 +132,8 @@ class RunLog:
             except OSError:
                 pass  # flush() has said so
 
-    def close(self):
+    def close(self, wandb_seconds: float = 30):
+        """Close everything, once; wait so long for what W&B has still to send."""
         if self.file is None:
             return
         self.sync()
@@ -142,8 +143,9 @@ class RunLog:
             self.file.close()
         except OSError as e:
             say(f"metrics.jsonl | not closed: {one_line(e)}")
+        self.file = None
         if self.wandb is not None:
-            self.wandb.close()
+            self.wandb.close(wandb_seconds)
 
 
 def belongs_before(line: bytes, resume_step: int) -> bool:
@@ -216,7 +218,7 @@ class Wandb:
         except Exception as e:  # wandb has many
             say(f"wandb | off from here: {one_line(e)}; hint: --wandb offline, then `wandb sync`")
 
-    def close(self, seconds: float = 30):
+    def close(self, seconds: float):
         """Wait until everything is sent, but not longer than `seconds`."""
         self.queue.put(None)
         if self.thread.is_alive():
