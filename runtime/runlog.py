@@ -7,6 +7,7 @@ import os
 import platform
 import queue
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -22,7 +23,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def environment(device: torch.device, world_size: int) -> dict:
     """Return what a result depends on besides the settings: versions, hardware, commit, command."""
     commit = ""
-    if (REPOSITORY / ".git").exists():
+    if (REPOSITORY / ".git").exists() and shutil.which("git"):
         describe = ["git", "describe", "--always", "--dirty"]
         run = subprocess.run(describe, cwd=REPOSITORY, capture_output=True, text=True)
         commit = run.stdout.strip()
