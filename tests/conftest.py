@@ -1,14 +1,16 @@
-"""Rules for all tests, and the small things that several of them need."""
+"""Rules for all tests, and what several of them need: data, runs of the scripts, faults."""
 
 import multiprocessing
 import os
+import shutil
+import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # before torch is imported: at tiny sizes a second thread only waits
+# before torch is imported: at tiny sizes a second thread only waits
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -19,16 +21,17 @@ STRICT = os.environ.get("STRICT") == "1"
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
-    """With STRICT=1 a skipped test is a failure, unless it needs a GPU: a green run has then run everything."""
+    """With STRICT=1 a skipped test fails, unless it needs a GPU: a green run has run everything."""
     outcome = yield
     report = outcome.get_result()
-    if (
-        STRICT
-        and report.skipped
-        and not hasattr(report, "wasxfail")
-        and "GPU" not in str(report.longrepr)
-    ):
-        report.outcome, report.longrepr = "failed", f"skipped although STRICT=1: {report.longrepr}"
+    skipped = report.skipped and not hasattr(report, "wasxfail")
+    if STRICT and skipped and "GPU" not in str(report.longrepr):
+        report.outcome = "failed"
+        report.longrepr = f"skipped although STRICT=1: {report.longrepr}"
+
+
+# --------------------------------------------------------------------------------------------------
+# data
 
 
 @pytest.fixture(scope="session")
@@ -40,10 +43,29 @@ def shared():
     return folder
 
 
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """The tracked files alone, as after `git clone`."""
+    folder = tmp_path_factory.mktemp("clone") / "repo"
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        ignored = shutil.ignore_patterns("log", "input.txt", "shakespeare", ".git")
+        shutil.copytree(ROOT, folder, ignore=ignored)
+        return folder
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
 def write_shards(
     folder: Path, sizes: dict, seed: int = 0, document: int = 100, ids: int = 50257
 ) -> Path:
-    """Shards of random tokens: {"train": [1000, 500], "val": [300]}, a document about every `document` tokens."""
+    """Write shards of random tokens, a document about every `document` of them.
+
+    sizes: {"train": [1000, 500], "val": [300]}.
+    """
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for split, counts in sizes.items():
@@ -56,17 +78,54 @@ def write_shards(
     return folder
 
 
+# --------------------------------------------------------------------------------------------------
+# runs of the scripts
+
+
+def options(*parts) -> list[str]:
+    """Return a command line as words: strings are split at spaces, a path or number is one word."""
+    words = []
+    for part in parts:
+        words += part.split() if isinstance(part, str) else [str(part)]
+    return words
+
+
+# settings of a run that takes a second
+SMALL = dict(
+    n_layer=2,
+    n_head=2,
+    n_embd=32,
+    vocab_size=512,
+    T=32,
+    B=4,
+    total_batch=512,
+    val_tokens=1024,
+    hellaswag_limit=0,
+    n_samples=0,
+    log_interval=1,
+    wandb="off",
+    device="cpu",
+    dtype="float32",
+    use_compile=False,
+)
+# the same as options of train_gpt2.py; one that is given again after these overrides
+TINY = tuple(options(*(f"--{name} {value}" for name, value in SMALL.items())))
+
+
+def python(*args, nproc: int = 0) -> list[str]:
+    """Return the command `python args`, or with nproc torchrun's for so many gloo ranks."""
+    torchrun = []
+    if nproc:
+        torchrun = options("-m torch.distributed.run --standalone", f"--nproc_per_node={nproc}")
+    return [sys.executable, *torchrun, *map(str, args)]
+
+
 def run(
     *args, nproc: int = 0, env: dict | None = None, timeout: int = 300, cwd: Path = ROOT
 ) -> subprocess.CompletedProcess:
-    """`python args`, or torchrun with nproc gloo ranks, as a user would; output captured as text."""
-    launch = [sys.executable] + (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-        if nproc
-        else []
-    )
+    """Run `python args`, or torchrun with nproc ranks, as a user would; output as text."""
     return subprocess.run(
-        [*launch, *map(str, args)],
+        python(*args, nproc=nproc),
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -75,64 +134,144 @@ def run(
     )
 
 
-TINY = (
-    "--n_layer",
-    "2",
-    "--n_head",
-    "2",
-    "--n_embd",
-    "32",
-    "--T",
-    "32",
-    "--B",
-    "4",
-    "--total_batch",
-    "512",
-    "--val_tokens",
-    "1024",
-    "--hellaswag_limit",
-    "0",
-    "--n_samples",
-    "0",
-    "--use_compile",
-    "False",
-    "--wandb",
-    "off",
-    "--log_interval",
-    "1",
-    "--device",
-    "cpu",
-    "--vocab_size",
-    "512",
-    "--dtype",
-    "float32",
-)
+@pytest.fixture
+def train_here(monkeypatch, capsys):
+    """train_here(*options) runs train_gpt2.py in this process: exit status, what it printed.
+
+    Whatever happens there, the signal handlers are afterwards what they were.
+    """
+    import train_gpt2
+    from runtime.stop import SIGNALS
+
+    def train(*parts) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["train_gpt2.py", *options(*parts)])
+        handlers = [signal.getsignal(number) for number in SIGNALS]
+        status = 0
+        try:
+            train_gpt2.main()
+        except SystemExit as e:
+            status = e.code
+        finally:
+            assert handlers == [signal.getsignal(number) for number in SIGNALS]
+        return status, capsys.readouterr().out
+
+    return train
 
 
-def train_process(argv: list, output: str, threads: int = 1):
-    """train_gpt2.py in a process of its own, forked from one that has imported torch already: see `launch`."""
+@pytest.fixture
+def fast_curves(monkeypatch):
+    """Leave an empty curves.png instead of drawing it at each evaluation, 0.2 s each time."""
+    import compare
+
+    monkeypatch.setattr(compare, "curves", lambda run_dir: (run_dir / "curves.png").touch())
+
+
+def train_process(argv: list[str], output: str, threads: int):
+    """Run train_gpt2.py in this process, forked from one that has imported torch: see `launch`."""
     import torch
 
     import train_gpt2
-    from config import command_line
+    from runtime.command_line import run_script
 
     with open(output, "a") as f:
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
     torch.set_num_threads(threads)
-    sys.argv = ["train_gpt2.py", *map(str, argv)]
-    command_line(train_gpt2.main)
+    sys.argv = ["train_gpt2.py", *argv]
+    run_script(train_gpt2.main)
 
 
 @pytest.fixture(scope="session")
 def launch():
-    """launch(argv, output) starts a training process within 0.1 s instead of 3; it takes real signals and really dies."""
+    """launch(argv, output) starts a training process within 0.1 s instead of 3.
+
+    It takes real signals and really dies.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train_gpt2", "matplotlib.pyplot"])
 
-    def go(argv, output, threads=1):
-        process = context.Process(target=train_process, args=(argv, str(output), threads))
+    def start(argv, output, threads=1):
+        process = context.Process(target=train_process, args=(options(*argv), str(output), threads))
         process.start()
         return process
 
-    return go
+    return start
+
+
+# --------------------------------------------------------------------------------------------------
+# what a run has left
+
+
+def decisive(records: list[dict]) -> dict[str, list[tuple]]:
+    """Return what decides whether two runs are equal; no step may stand there twice.
+
+    Losses, rates, norms and batch hashes by step, and validation losses.
+    """
+    keys = ("step", "train/loss", "train/lr", "train/norm", "batch_hash")
+    train = [tuple(r.get(key) for key in keys) for r in records if "train/loss" in r]
+    val = [(r["step"], r["val/loss"]) for r in records if "val/loss" in r]
+    first, last = train[0][0], train[-1][0]
+    assert [step for step, *_ in train] == list(range(first, last + 1))
+    assert len(dict(val)) == len(val)
+    return {"train": train, "val": val}
+
+
+def weights(run_dir: Path, step: int | None = None) -> dict[str, str]:
+    """Return the SHA-256 of the weights and of the optimizer's moments at a step; or the newest."""
+    from runtime import checkpoint
+
+    paths = checkpoint.steps(run_dir / "ckpt")
+    path = paths[-1] if step is None else run_dir / "ckpt" / f"step_{step:06d}"
+    return checkpoint.read(path).state["sha256"]
+
+
+# --------------------------------------------------------------------------------------------------
+# faults
+
+
+@contextmanager
+def at_step(act, only: int | None = None):
+    """Inside the block, call act(step) whenever a training step begins; `step` updates are done.
+
+    With `only`, at that step alone.
+    """
+    import optim
+
+    learning_rate = optim.learning_rate
+
+    def act_first(cfg, step):
+        if only is None or step == only:
+            act(step)
+        return learning_rate(cfg, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optim, "learning_rate", act_first)
+        yield
+
+
+@contextmanager
+def poisoned(steps, value: float = float("nan")):
+    """Inside the block, the first micro-batch of the updates with these numbers has a bad loss.
+
+    Its loss is multiplied by NaN or infinity.
+    """
+    import torch
+
+    from model import GPT
+
+    forward, due = GPT.forward, set()
+
+    def begin(step):
+        if step + 1 in steps:
+            due.add(step)
+
+    def bad_forward(model, idx, *args):
+        loss = forward(model, idx, *args)
+        if due and torch.is_grad_enabled():
+            due.clear()
+            return loss * value
+        return loss
+
+    with at_step(begin), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GPT, "forward", bad_forward)
+        yield

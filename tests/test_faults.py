@@ -1,351 +1,312 @@
-"""python -m pytest tests/test_faults.py : interrupted, killed, corrupted, starved: a run loses nothing and changes nothing."""
+"""python -m pytest tests/test_faults.py : interrupted, killed, corrupted, starved.
+
+A run loses nothing and changes nothing. Faults come at the beginning of a chosen training step
+(conftest.at_step) or in a chosen loss (conftest.poisoned).
+"""
 
 import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 import types
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, run, write_shards
-from test_readme import clone  # noqa: F401, a fixture: the tracked files alone
+from conftest import (
+    ROOT,
+    TINY,
+    at_step,
+    decisive,
+    options,
+    poisoned,
+    python,
+    run,
+    weights,
+    write_shards,
+)
 
-import checkpoint
-import distributed
+import compare
+import hf
 import optim
-import runlog
 import shards
-import train_gpt2
-from config import UserError
 from model import GPT
+from runtime import checkpoint, runlog
+from runtime.command_line import UserError
+from runtime.files import sha256
+from runtime.runlog import read_metrics
+from runtime.stop import Stop
+from runtime.world import World
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """360 windows of 32 tokens: 30 steps of 12 windows are an epoch."""
-    return write_shards(
-        tmp_path_factory.mktemp("data"), {"train": [4033, 3489, 4001], "val": [1100]}, ids=512
-    )
+    folder = tmp_path_factory.mktemp("data")
+    return write_shards(folder, {"train": [4033, 3489, 4001], "val": [1100]}, ids=512)
 
 
 @pytest.fixture(scope="module")
-def flags(data):
+def command(data):
     """60 steps of three micro-batches each, two epochs."""
-    tiny = list(TINY)
-    tiny[tiny.index("--total_batch") + 1] = "384"
-    return [
+    return options(
         "gpt2-rope",
-        *tiny,
-        "--max_steps",
-        "60",
-        "--max_lr",
-        "1e-2",
-        "--eval_interval",
-        "20",
-        "--sample_interval",
-        "1000",
-        "--data_root",
-        str(data),
-        "--batch_hashes",
-        "True",
-    ]
+        *TINY,
+        "--total_batch 384 --max_steps 60 --max_lr 1e-2 --eval_interval 20",
+        "--sample_interval 1000 --batch_hashes True --data_root",
+        data,
+    )
 
 
 @pytest.fixture
-def train(flags, tmp_path, monkeypatch, capsys):
-    """train(name, *more) runs the script in this process; (exit status, what it printed). Later flags override."""
+def train(command, tmp_path, train_here, fast_curves):
+    """train(name, *changes) runs the script in this process; (exit status, what it printed)."""
 
-    def go(name, *more, log_dir=tmp_path):
-        monkeypatch.setattr(
-            sys,
-            "argv",
-            ["train_gpt2.py", *map(str, [*flags, "--log_dir", log_dir, "--run_name", name, *more])],
-        )
-        before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-        try:
-            train_gpt2.main()
-            status = 0
-        except SystemExit as e:
-            status = e.code
-        assert before == {s: signal.getsignal(s) for s in before}
-        return status, capsys.readouterr().out
+    def train(name, *changes):
+        return train_here(*command, "--log_dir", tmp_path, "--run_name", name, *changes)
 
-    return go
-
-
-def records(run_dir: Path) -> dict:
-    """What decides equality: losses, norms, rates and batch hashes by step, and validation losses; no step twice."""
-    lines = runlog.read_metrics(run_dir)
-    train = [
-        (r["step"], r["train/loss"], r["train/lr"], r["train/norm"], r["batch_hash"])
-        for r in lines
-        if "train/loss" in r
-    ]
-    val = [(r["step"], r["val/loss"]) for r in lines if "val/loss" in r]
-    assert [t[0] for t in train] == list(range(train[0][0], train[-1][0] + 1)) and len(
-        dict(val)
-    ) == len(val)
-    return {"train": train, "val": val}
-
-
-def weights(run_dir: Path, step: int = 60) -> dict:
-    """SHA-256 of the weights and of the optimiser's moments at a step."""
-    return checkpoint.read_state(run_dir / "ckpt" / f"step_{step:06d}")["sha256"]
+    return train
 
 
 @pytest.fixture(scope="module")
-def whole(flags, tmp_path_factory, launch):
+def whole(command, tmp_path_factory, launch):
     """The run that nothing interrupts, with a checkpoint at every step."""
     folder = tmp_path_factory.mktemp("whole")
-    process = launch(
-        [
-            *flags,
-            "--log_dir",
-            folder,
-            "--run_name",
-            "r",
-            "--save_interval",
-            "1",
-            "--keep_last",
-            "60",
-        ],
-        folder / "out.txt",
-    )
+    output = folder / "out.txt"
+    changes = options("--log_dir", folder, "--run_name r --save_interval 1 --keep_last 60")
+    process = launch([*command, *changes], output)
     process.join()
-    assert process.exitcode == 0, (folder / "out.txt").read_text()
+    assert process.exitcode == 0, output.read_text()
     return folder / "r"
 
 
+def records(run_dir: Path) -> dict:
+    return decisive(read_metrics(run_dir))
+
+
+def losses(run_dir: Path) -> list[float]:
+    """Return the losses of the updates that were made."""
+    return [loss for _, loss, *_ in records(run_dir)["train"] if loss is not None]
+
+
+def assert_equal(run_dir: Path, expected: Path):
+    """Compare every loss, rate, norm and batch, and the hashes of the last weights and moments."""
+    assert records(run_dir) == records(expected)
+    assert weights(run_dir) == weights(expected)
+
+
+def saved_steps(run_dir: Path) -> list[int]:
+    return [checkpoint.step_of(path) for path in checkpoint.steps(run_dir / "ckpt")]
+
+
 def begun(whole: Path, run_dir: Path, step: int) -> Path:
-    """A copy of the run as it was when its checkpoint at `step` had just been written, and some lines of log beyond."""
-    (run_dir / "ckpt").mkdir(parents=True)
-    shutil.copytree(whole / "ckpt" / f"step_{step:06d}", run_dir / "ckpt" / f"step_{step:06d}")
+    """Copy a run as a crash leaves it: its checkpoint at `step`, and some lines of log beyond."""
+    name = f"step_{step:06d}"
+    shutil.copytree(whole / "ckpt" / name, run_dir / "ckpt" / name)
     lines = (whole / "metrics.jsonl").read_text().splitlines(keepends=True)
     beyond = next(i for i, line in enumerate(lines) if json.loads(line)["step"] > step)
     (run_dir / "metrics.jsonl").write_text("".join(lines[: beyond + 2]) + '{"step": 9')
     return run_dir
 
 
-# ---- resume --------------------------------------------------------------------------------------------------------
+def files(folder: Path) -> dict:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def send(number: int, _step: int = 0):
+    """Send this process a signal."""
+    os.kill(os.getpid(), number)
+
+
+# --------------------------------------------------------------------------------------------------
+# resuming
 
 
 @pytest.mark.slow
-def test_resume_at_every_step(whole, train, tmp_path, monkeypatch):
-    """60 of 60: every loss, rate, norm and batch, and the hash over weights and optimiser, equal the uninterrupted run's."""
-    monkeypatch.setattr(runlog, "curves", lambda run_dir: None)
+def test_resume_at_every_step(whole, train, tmp_path):
+    """60 of 60: everything equals the uninterrupted run."""
     for step in range(1, 60):
         run_dir = begun(whole, tmp_path / f"r{step}", step)
         status, out = train(run_dir.name)
         assert status == 0 and f"resume | step {step} from" in out
-        assert records(run_dir) == records(whole) and weights(run_dir) == weights(whole), step
+        assert_equal(run_dir, whole)
         shutil.rmtree(run_dir)
     run_dir = begun(whole, tmp_path / "r60", 59)  # and at 60: done but for the last evaluation
     shutil.copytree(whole / "ckpt" / "step_000060", run_dir / "ckpt" / "step_000060")
     shutil.copy(whole / "metrics.jsonl", run_dir)
-    assert (
-        train("r60")[0] == 0
-        and records(run_dir) == records(whole)
-        and weights(run_dir) == weights(whole)
-    )
+    assert train("r60")[0] == 0
+    assert_equal(run_dir, whole)
 
 
-def test_without_a_moment_or_with_the_next_batch_it_would_differ(
-    whole, train, tmp_path, monkeypatch
-):
-    """Negative controls of the test above."""
-    with monkeypatch.context() as m:
-        restore = checkpoint.restore
+def test_without_a_moment_it_would_differ(whole, train, tmp_path, monkeypatch):
+    """A negative control of the test above: one of AdamW's averages is lost."""
+    restore = checkpoint.restore
 
-        def forgetful(path, model, optimizer):
-            restore(path, model, optimizer)
-            next(iter(optimizer.state.values()))["exp_avg"].zero_()
+    def forgetful(path, model, optimizer):
+        restore(path, model, optimizer)
+        next(iter(optimizer.state.values()))["exp_avg"].zero_()
 
-        m.setattr(checkpoint, "restore", forgetful)
-        assert train(begun(whole, tmp_path / "moment", 31).name)[0] == 0
-    with monkeypatch.context() as m:
-        loader = shards.Loader
-        m.setattr(shards, "Loader", lambda *args: loader(*args[:6], args[6] + 1, *args[7:]))
-        assert train(begun(whole, tmp_path / "shifted", 31).name)[0] == 0
-    for name in ("moment", "shifted"):
-        assert weights(tmp_path / name) != weights(whole) and records(tmp_path / name) != records(
-            whole
-        )
+    monkeypatch.setattr(checkpoint, "restore", forgetful)
+    run_dir = begun(whole, tmp_path / "r", 31)
+    assert train("r")[0] == 0
+    assert weights(run_dir) != weights(whole) and records(run_dir) != records(whole)
 
 
-def signal_at(monkeypatch, steps: dict):
-    """Send this process a signal when it begins a step: {step: signal}."""
-    plain = optim.cosine
+def test_with_the_next_batch_it_would_differ(whole, train, tmp_path, monkeypatch):
+    """A negative control: the data begin one step too late."""
+    loader = shards.Loader
 
-    def cosine(step, *rest):
-        if (number := steps.pop(step, None)) is not None:
-            os.kill(os.getpid(), number)
-        return plain(step, *rest)
+    def shifted(windows, total_batch, B, world, start_step, *more):
+        return loader(windows, total_batch, B, world, start_step + 1, *more)
 
-    monkeypatch.setattr(train_gpt2.optim, "cosine", cosine)
+    monkeypatch.setattr(shards, "Loader", shifted)
+    run_dir = begun(whole, tmp_path / "r", 31)
+    assert train("r")[0] == 0
+    assert weights(run_dir) != weights(whole) and records(run_dir) != records(whole)
 
 
 def test_interrupted_by_each_signal_several_times(whole, train, tmp_path, monkeypatch):
-    """Twice within an epoch, at its edge, and in the second: a checkpoint, status 75, one line; the end is the same."""
-    monkeypatch.setattr(
-        signal, "getsignal", lambda number: signal.SIG_DFL
-    )  # under nohup SIGHUP would be left ignored
-    signal_at(
-        monkeypatch, {7: signal.SIGTERM, 13: signal.SIGINT, 30: signal.SIGUSR1, 31: signal.SIGHUP}
-    )
-    for step, name in ((7, "SIGTERM"), (13, "SIGINT"), (30, "SIGUSR1"), (31, "SIGHUP")):
-        status, out = train(
-            "r", "--log_interval", "5"
-        )  # lines that were not due yet are written, too
-        assert (
-            status == 75
-            and f"interrupted by {name} at step {step}; to go on: the same command again" in out
-        )
-        assert (
-            checkpoint.steps(tmp_path / "r" / "ckpt")[-1].name == f"step_{step:06d}"
-            and (tmp_path / "r" / "curves.png").exists()
-        )
+    """Twice within an epoch, at its edge, and in the second: checkpoint, status 75, one line.
+
+    The end is the same. Lines that were not due yet are written, too.
+    """
+    # under nohup SIGHUP would be left ignored
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)
+    signals = {7: "SIGTERM", 13: "SIGINT", 30: "SIGUSR1", 31: "SIGHUP"}
+    for step, name in signals.items():
+        number = signal.Signals[name]
+        with at_step(partial(send, number), only=step):
+            status, out = train("r", "--log_interval 5")
+        line = f"interrupted by {name} at step {step}; to resume: the same command again"
+        assert status == 75 and line in out
+        assert saved_steps(tmp_path / "r")[-1] == step
+        assert (tmp_path / "r" / "curves.png").exists()
         assert not (tmp_path / "r" / "finished.json").exists()
     assert train("r")[0] == 0
-    assert records(tmp_path / "r") == records(whole) and weights(tmp_path / "r") == weights(whole)
+    assert_equal(tmp_path / "r", whole)
     assert json.loads((tmp_path / "r" / "finished.json").read_text())["step"] == 60
 
 
+SAMPLED = "--vocab_size 50304 --n_samples 2 --sample_tokens 12 --sample_interval 10 --max_steps 40"
+
+
 @pytest.mark.slow
-def test_interrupted_in_evaluation_and_sampling(whole, train, tmp_path, monkeypatch):
-    """The evaluation at step 20 and the samples at 30 are cut short, and done when the run goes on; no sample stands twice."""
-    more = [
-        "--vocab_size",
-        "50304",
-        "--n_samples",
-        "2",
-        "--sample_tokens",
-        "12",
-        "--sample_interval",
-        "10",
-        "--max_steps",
-        "40",
-    ]
-    assert train("whole", *more)[0] == 0
-    calls, val_batches, trunk = [0], shards.val_batches, GPT.trunk
+def test_interrupted_in_evaluation_and_sampling(train, tmp_path, monkeypatch):
+    """The evaluation at step 20 and the samples at 30 are cut short, and made on resuming.
+
+    No sample stands twice.
+    """
+    assert train("whole", SAMPLED)[0] == 0
+    val_batches, trunk = shards.val_batches, GPT.trunk
+    evaluated = []
 
     def batches(*args):
-        for i, batch in enumerate(val_batches(*args)):
-            if (calls.append(0), len(calls))[1] == 1 + 3 * 9 // 2:
-                os.kill(os.getpid(), signal.SIGTERM)
+        for batch in val_batches(*args):
+            evaluated.append(batch)
+            if len(evaluated) == 8 + 6:  # of eight in each evaluation, the first one at step 0
+                send(signal.SIGTERM)
             yield batch
 
-    with monkeypatch.context() as m:
-        m.setattr(shards, "val_batches", batches)
-        status, out = train("parts", *more)
-    assert (
-        status == 75
-        and "at step 20" in out
-        and [s for s, _ in records(tmp_path / "parts")["val"]] == [0]
-    )
-    drawn = [0]
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "val_batches", batches)
+        status, out = train("parts", SAMPLED)
+    assert status == 75 and "at step 20" in out
+    assert [step for step, _ in records(tmp_path / "parts")["val"]] == [0]
+    drawn = []
 
-    def count(model, idx, **more):
-        if not torch.is_grad_enabled() and idx.shape[0] == 2:
-            drawn[0] += 1
-            if (
-                drawn[0] == 11 + 2
-            ):  # the third token at step 30; the first comes from the prompt, one row
-                os.kill(os.getpid(), signal.SIGTERM)
+    def counted(model, idx, **more):
+        if not torch.is_grad_enabled() and idx.shape[0] == 2:  # two samples at once, not the prompt
+            drawn.append(idx)
+            if len(drawn) == 11 + 2:  # at step 30, after the 11 tokens of step 20
+                send(signal.SIGTERM)
         return trunk(model, idx, **more)
 
-    with monkeypatch.context() as m:
-        m.setattr(GPT, "trunk", count)
-        status, out = train("parts", *more)
+    with monkeypatch.context() as patch:
+        patch.setattr(GPT, "trunk", counted)
+        status, out = train("parts", SAMPLED)
     assert status == 75 and "at step 30" in out
-    assert train("parts", *more)[0] == 0
-    assert records(tmp_path / "parts") == records(tmp_path / "whole") and weights(
-        tmp_path / "parts", 40
-    ) == weights(tmp_path / "whole", 40)
-    assert (tmp_path / "parts" / "samples.txt").read_text() == (
-        tmp_path / "whole" / "samples.txt"
-    ).read_text()
+    assert train("parts", SAMPLED)[0] == 0
+    assert_equal(tmp_path / "parts", tmp_path / "whole")
+    samples = [(tmp_path / name / "samples.txt").read_text() for name in ("parts", "whole")]
+    assert samples[0] == samples[1]
 
 
 @pytest.mark.slow
-def test_compiled_on_two_threads_it_resumes_exactly(flags, launch, tmp_path):
-    """A model large enough for both threads to work on it; the compiled gradient of its embedding must not depend on them."""
-    args = [
-        *flags,
-        "--use_compile",
-        "True",
-        "--n_embd",
-        "64",
-        "--vocab_size",
-        "8192",
-        "--T",
-        "64",
-        "--total_batch",
-        "1024",
-        "--B",
-        "8",
-        "--max_steps",
-        "12",
-        "--save_interval",
-        "6",
-        "--eval_interval",
-        "100",
-        "--log_dir",
-        tmp_path,
-    ]
+def test_compiled_on_two_threads_it_resumes_exactly(command, launch, tmp_path):
+    """A model large enough for both threads to work on it.
+
+    The compiled gradient of its embedding must not depend on their order.
+    """
+    size = "--n_embd 64 --vocab_size 8192 --T 64 --total_batch 1024 --B 8 --use_compile True"
+    steps = "--max_steps 12 --save_interval 6 --eval_interval 100"
+    changes = options(size, steps, "--log_dir", tmp_path)
     for name in ("whole", "parts"):
-        process = launch([*args, "--run_name", name], tmp_path / f"{name}.txt", threads=2)
+        output = tmp_path / f"{name}.txt"
+        process = launch([*command, *changes, "--run_name", name], output, threads=2)
         process.join()
-        assert process.exitcode == 0, (tmp_path / f"{name}.txt").read_text()
+        assert process.exitcode == 0, output.read_text()
         if name == "whole":
             begun(tmp_path / "whole", tmp_path / "parts", 6)
     assert "resume | step 6" in (tmp_path / "parts.txt").read_text()
-    assert records(tmp_path / "parts") == records(tmp_path / "whole") and weights(
-        tmp_path / "parts", 12
-    ) == weights(tmp_path / "whole", 12)
+    assert_equal(tmp_path / "parts", tmp_path / "whole")
+
+
+def random_moment(rng: random.Random, after_steps: bool, output: Path, seen: int, process):
+    """Wait for a random moment of a run: in its start, or after a few of its steps."""
+    lines = rb"^step \d+/" if after_steps else rb"^data \|"
+    n = rng.randint(1, 4) if after_steps else 1
+    while process.is_alive():
+        text = output.read_bytes()[seen:] if output.exists() else b""
+        if len(re.findall(lines, text, re.M)) >= n:
+            break
+        time.sleep(0.001)
+    time.sleep(rng.uniform(0, 0.01 if after_steps else 0.1))
 
 
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM"])
-def test_ended_ten_times_at_random_moments(whole, flags, launch, tmp_path, how):
-    """Of a process that saves every other step. Killed or asked to stop, the end is the same."""
-    rng, ended, out = random.Random(how), 0, tmp_path / "out.txt"
-    args = [*flags, "--log_dir", tmp_path, "--run_name", "r", "--save_interval", "2"]
-    while True:
-        seen = out.stat().st_size if out.exists() else 0
-        process = launch(args, out)
+def test_ended_ten_times_at_random_moments(whole, command, launch, tmp_path, how):
+    """A process that saves every other step is killed, or asked to stop: the end is the same.
+
+    Half of the moments lie between the opening of the data and the first steps, half are counted
+    from the first steps: on slow cores, too, there is something to lose.
+    """
+    rng = random.Random(how)
+    output = tmp_path / "out.txt"
+    changes = options("--log_dir", tmp_path, "--run_name r --save_interval 2")
+    ended, process = 0, None
+    while process is None or process.exitcode != 0:
+        seen = output.stat().st_size if output.exists() else 0
+        process = launch([*command, *changes], output)
         if ended < 10:
-            while (
-                process.is_alive()
-                and b"data |" not in (out.read_bytes() if out.exists() else b"")[seen:]
-            ):
-                time.sleep(0.002)
-            time.sleep(rng.uniform(0, 0.2))
-            os.kill(process.pid, getattr(signal, how)) if process.is_alive() else None
+            random_moment(rng, ended % 2 == 0, output, seen, process)
+            if process.is_alive():
+                os.kill(process.pid, getattr(signal, how))
         process.join()
-        text = out.read_text()[seen:]
-        if process.exitcode == 0:
-            break
-        assert process.exitcode == (-9 if how == "SIGKILL" else 75), text
-        assert "Traceback" not in text and (how == "SIGKILL" or "interrupted by SIGTERM" in text)
-        ended += 1
+        text = output.read_text()[seen:]
+        if process.exitcode != 0:
+            ended += 1
+            assert process.exitcode == (-9 if how == "SIGKILL" else 75), text
+            assert how == "SIGKILL" or "interrupted by SIGTERM" in text
+            assert "Traceback" not in text
     assert ended == 10, "finished too early to be interrupted ten times"
-    assert records(tmp_path / "r") == records(whole) and weights(tmp_path / "r") == weights(whole)
+    assert "resume | step" in output.read_text(), "ended before the first checkpoint every time"
+    assert_equal(tmp_path / "r", whole)
 
 
-def busy(ready):
-    """Trains and never polls."""
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a shell's background job would ignore it
-    stop = distributed.Stop(distributed.World(0, 1, torch.device("cpu")), 600)
+def train_without_polling(ready):
+    """Stand for a process that trains and never polls."""
+    # a shell's background job would ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    stop = Stop(World(0, 1, torch.device("cpu")), 600)
     stop.armed = True
     ready.set()
     while True:
@@ -354,7 +315,8 @@ def busy(ready):
 
 def test_the_second_ctrl_c_ends_at_once():
     context = multiprocessing.get_context("forkserver")
-    process = context.Process(target=busy, args=(ready := context.Event(),))
+    ready = context.Event()
+    process = context.Process(target=train_without_polling, args=(ready,))
     process.start()
     assert ready.wait(60)
     for alive in (True, False):
@@ -368,43 +330,31 @@ def test_a_signal_before_the_first_step_ends_at_once(train, tmp_path, monkeypatc
     """In the warm-up there is nothing to save yet."""
     forward = GPT.forward
 
-    def first(*args):
-        os.kill(os.getpid(), signal.SIGTERM)
+    def interrupted(*args):
+        send(signal.SIGTERM)
         return forward(*args)
 
-    with monkeypatch.context() as m:
-        m.setattr(GPT, "forward", first)
+    with monkeypatch.context() as patch:
+        patch.setattr(GPT, "forward", interrupted)
         status, out = train("r")
-    assert (
-        status == 75
-        and "before the first step" in out
-        and not checkpoint.steps(tmp_path / "r" / "ckpt")
-    )
+    assert status == 75 and "before the first step" in out
+    assert saved_steps(tmp_path / "r") == []
     assert train("r")[0] == 0
 
 
-# ---- several processes ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# several processes
 
 
 @pytest.mark.slow
-def test_one_two_four_and_one_rank(flags, data, tmp_path):
-    """1 -> 2 -> 4 -> 1 processes with --deterministic: the batches and the bits of one process all the way."""
-    args = [
-        "train_gpt2.py",
-        *flags,
-        "--total_batch",
-        "512",
-        "--max_steps",
-        "20",
-        "--save_interval",
-        "5",
-        "--keep_last",
-        "9",
-        "--deterministic",
-        "True",
-        "--log_dir",
-        tmp_path,
-    ]
+def test_one_two_four_and_one_rank(command, tmp_path):
+    """1, 2, 4, 1 processes with --deterministic: batches and bits of one process all the way.
+
+    Without the option they differ in the last digits, which is why it is there.
+    """
+    steps = "--total_batch 512 --max_steps 20 --save_interval 5 --keep_last 9 --deterministic True"
+    words = options("train_gpt2.py", *command, steps, "--log_dir", tmp_path)
+    one = tmp_path / "one"
     for name, source, step, nproc in (
         ("one", None, 0, 0),
         ("two", "one", 5, 2),
@@ -413,215 +363,150 @@ def test_one_two_four_and_one_rank(flags, data, tmp_path):
     ):
         if source:
             begun(tmp_path / source, tmp_path / name, step)
-        done = run(*args, "--run_name", name, nproc=nproc)
-        assert done.returncode == 0 and (not source or f"resume | step {step}" in done.stdout), (
-            done.stderr
+        done = run(*words, "--run_name", name, nproc=nproc)
+        assert done.returncode == 0, done.stderr
+        assert not source or f"resume | step {step}" in done.stdout
+        assert weights(tmp_path / name) == weights(one), name
+        assert records(tmp_path / name)["train"] == records(one)["train"]
+    plain = tmp_path / "plain"
+    run(*words, *options("--run_name plain --deterministic False"), nproc=2)
+    hashes = [[r[4] for r in records(run_dir)["train"]] for run_dir in (plain, one)]
+    assert hashes[0] == hashes[1]
+    assert weights(plain) != weights(one)
+    assert losses(plain) == pytest.approx(losses(one), abs=1e-5)
+
+
+def torchrun(output: Path, *args, **env) -> subprocess.Popen:
+    """Start torchrun with two ranks, in the background."""
+    words = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *args)
+    with open(output, "w") as f:
+        return subprocess.Popen(
+            words, cwd=ROOT, stdout=f, stderr=subprocess.STDOUT, env=os.environ | env
         )
-        assert weights(tmp_path / name, 20) == weights(tmp_path / "one", 20), name
-        assert records(tmp_path / name)["train"] == records(tmp_path / "one")["train"]
-    done = run(
-        *args, "--run_name", "plain", "--deterministic", "False", nproc=2
-    )  # why the option is there
-    assert [r[4] for r in records(tmp_path / "plain")["train"]] == [
-        r[4] for r in records(tmp_path / "one")["train"]
-    ]
-    assert weights(tmp_path / "plain", 20) != weights(tmp_path / "one", 20)
-    assert [r[1] for r in records(tmp_path / "plain")["train"]] == pytest.approx(
-        [r[1] for r in records(tmp_path / "one")["train"]], abs=1e-5
-    )
-
-
-def torchrun(output: Path, *args, **env):
-    return subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            *map(str, args),
-        ],
-        cwd=ROOT,
-        stdout=open(output, "w"),
-        stderr=subprocess.STDOUT,
-        env=os.environ | env,
-    )
 
 
 def ranks(launcher) -> list[int]:
-    """The processes that a torchrun has started, in the order of their ranks."""
-    path = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
-    found = [
-        (Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"), int(pid))
-        for pid in path.read_text().split()
-    ]
-    found = [(next((e for e in env if e.startswith(b"RANK=")), None), pid) for env, pid in found]
-    return [pid for rank, pid in sorted(f for f in found if f[0])]
+    """Return the processes that a torchrun has started, in the order of their ranks."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    pid_of_rank = {}
+    for pid in children:
+        environment = Path(f"/proc/{pid}/environ").read_text().split("\0")
+        for rank in [line for line in environment if line.startswith("RANK=")]:
+            pid_of_rank[rank] = int(pid)
+    return [pid_of_rank[rank] for rank in sorted(pid_of_rank)]
 
 
-def wait_for(launcher, output: Path, true, seconds: float = 90) -> float:
-    """Seconds until the output is as wanted."""
-    t0 = time.monotonic()
-    while not true(output.read_text()):
-        assert launcher.poll() is None and time.monotonic() - t0 < seconds, output.read_text()
+def wait_for(launcher, output: Path, text: str, times: int = 1, seconds: float = 90) -> float:
+    """Wait until a text is in the output so many times; return the seconds that it took."""
+    started = time.monotonic()
+    while output.read_text().count(text) < times:
+        assert launcher.poll() is None and time.monotonic() - started < seconds, output.read_text()
         time.sleep(0.01)
-    return time.monotonic() - t0
+    return time.monotonic() - started
 
 
 @pytest.mark.slow
-def test_torchrun_stopped_killed_and_hung(flags, tmp_path):
-    """Two ranks: SIGTERM to torchrun, then a rank killed, then a rank hung: the end is that of the run left alone.
+def test_torchrun_stopped_killed_and_hung(command, tmp_path):
+    """SIGTERM to torchrun, then a rank of two killed, then one hung: the end is the same.
 
-    The hung one is ended by its peer, and training goes on, within --group_timeout + 20 s.
+    The hung one is ended by its peer, and training continues, within --group_timeout + 20 s.
     """
-    args = [
-        "train_gpt2.py",
-        *flags,
-        "--total_batch",
-        "768",
-        "--max_steps",
-        "400",
-        "--max_lr",
-        "1e-3",
-        "--eval_interval",
-        "500",
-        "--save_interval",
-        "25",
-        "--group_timeout",
-        "10",
-        "--log_dir",
-        tmp_path,
-        "--log_interval",
-        "5",
-    ]
-    alone = run(*args, "--run_name", "whole", nproc=2)
+    steps = "--total_batch 768 --max_steps 400 --max_lr 1e-3 --eval_interval 500"
+    steps += " --save_interval 25 --log_interval 5 --group_timeout 10"
+    words = options("train_gpt2.py", *command, steps, "--log_dir", tmp_path)
+    alone = run(*words, "--run_name", "whole", nproc=2)
     assert alone.returncode == 0, alone.stderr
-    out = tmp_path / "1.txt"
-    first = torchrun(out, *args, "--run_name", "r")
-    wait_for(first, out, lambda text: "step 30/" in text)
-    t0 = time.monotonic()
+    words += ["--run_name", "r"]
+    output = tmp_path / "1.txt"
+    first = torchrun(output, *words)
+    wait_for(first, output, "step 30/")
+    started = time.monotonic()
     first.send_signal(signal.SIGTERM)
     first.wait()
-    assert time.monotonic() - t0 < 20 and "interrupted by SIGTERM at step" in out.read_text()
-    out = tmp_path / "2.txt"
-    second = torchrun(
-        out, "--max-restarts", "3", *args, "--run_name", "r", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"
-    )
-    wait_for(second, out, lambda text: "step 150/" in text)
+    assert time.monotonic() - started < 20
+    assert "interrupted by SIGTERM at step" in output.read_text()
+    output = tmp_path / "2.txt"
+    second = torchrun(output, "--max-restarts", "3", *words, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    wait_for(second, output, "step 150/")
     os.kill(ranks(second)[1], signal.SIGKILL)
-    wait_for(second, out, lambda text: "step 250/" in text)
+    wait_for(second, output, "step 250/")
     os.kill(ranks(second)[1], signal.SIGSTOP)
-    assert wait_for(second, out, lambda text: text.count("resume | step") == 3) < 10 + 20
-    assert second.wait() == 0 and "no progress for 10 s" in out.read_text()
-    assert "torchrun | a restart may fail" not in out.read_text()
-    assert records(tmp_path / "r") == records(tmp_path / "whole") and weights(
-        tmp_path / "r", 400
-    ) == weights(tmp_path / "whole", 400)
+    assert wait_for(second, output, "resume | step", times=3) < 10 + 20
+    assert second.wait() == 0
+    text = output.read_text()
+    assert "no progress for 10 s" in text and "torchrun | a restart may fail" not in text
+    assert_equal(tmp_path / "r", tmp_path / "whole")
 
 
 @pytest.mark.slow
-def test_two_launches_from_two_directories(clone, flags, tmp_path):  # noqa: F811
-    """README, "More GPUs, more machines": records and checkpoints are in the first alone, from which both go on; the end is
-    that of two processes of one launch. As near to two machines as one comes: the file system is the same.
+def test_two_launches_from_two_directories(clone, command, tmp_path):
+    """README, "More GPUs, more machines": as near to two machines as one comes.
+
+    Records and checkpoints are in the first directory alone, from which both resume; the end is
+    that of two processes of one launch. The file system is the same.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     shutil.copytree(clone, tmp_path / "second")
     shutil.copy(ROOT / "tests" / "hellaswag_items.jsonl", clone / "data" / "hellaswag_val.jsonl")
-    own = [
-        *flags,
-        "--B",
-        "3",
-        "--vocab_size",
-        "50304",
-        "--hellaswag_limit",
-        "20",
-        "--run_name",
-        "r",
-        "--log_dir",
-        "log/here",
-        "--save_interval",
-        "20",
-        "--keep_last",
-        "3",
-    ]
+    changes = "--B 3 --vocab_size 50304 --hellaswag_limit 20 --save_interval 20 --keep_last 3"
+    words = options("train_gpt2.py", *command, changes, "--run_name r --log_dir log/here")
 
-    def both(*more):
-        nodes = [
-            subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "torch.distributed.run",
-                    "--nproc_per_node=1",
-                    "--nnodes=2",
-                    f"--node_rank={rank}",
-                    "--master_addr=127.0.0.1",
-                    f"--master_port={port}",
-                    "train_gpt2.py",
-                    *own,
-                    *more,
-                ],
+    def launch_both():
+        nodes = []
+        for rank, folder in enumerate((clone, tmp_path / "second")):
+            torchrun = options("-m torch.distributed.run --nproc_per_node=1 --nnodes=2")
+            address = options("--master_addr=127.0.0.1", f"--master_port={port}")
+            node = subprocess.Popen(
+                python(*torchrun, *address, f"--node_rank={rank}", *words),
                 cwd=folder,
                 text=True,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
             )
-            for rank, folder in enumerate((clone, tmp_path / "second"))
-        ]
-        said = [node.communicate(timeout=180)[0] for node in nodes]
-        assert [node.returncode for node in nodes] == [0, 0], said
-        return said[0]
+            nodes.append(node)
+        outputs = [node.communicate(timeout=180)[0] for node in nodes]
+        assert [node.returncode for node in nodes] == [0, 0], outputs
+        return outputs[0]
 
-    whole = run("train_gpt2.py", *own, nproc=2, cwd=clone)
+    log = clone / "log" / "here"
+    whole = run(*words, nproc=2, cwd=clone)
     assert whole.returncode == 0 and "(20 items, gpt2 protocol)" in whole.stdout, whole.stderr
-    (clone / "log" / "here" / "r").rename(clone / "log" / "here" / "whole")
-    assert "(20 items, gpt2 protocol)" in both()
+    (log / "r").rename(log / "whole")
+    assert "(20 items, gpt2 protocol)" in launch_both()
     assert not (tmp_path / "second" / "log" / "here").exists()
-    shutil.rmtree(clone / "log" / "here" / "r" / "ckpt" / "step_000060")
-    (clone / "log" / "here" / "r" / "finished.json").unlink()
-    assert "resume | step 40" in both()
-    assert weights(clone / "log" / "here" / "r", 60) == weights(
-        clone / "log" / "here" / "whole", 60
-    )
-    assert records(clone / "log" / "here" / "r") == records(clone / "log" / "here" / "whole")
+    shutil.rmtree(log / "r" / "ckpt" / "step_000060")
+    (log / "r" / "finished.json").unlink()
+    assert "resume | step 40" in launch_both()
+    assert_equal(log / "r", log / "whole")
 
 
-# ---- checkpoints that are no good ----------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# damaged and foreign checkpoints
 
 
 def corrupt(path: Path, rng: random.Random) -> str:
     """Damage a checkpoint in one of the ways in which disks, copies and people do."""
     file = rng.choice(sorted(path.iterdir()))
     raw = bytearray(file.read_bytes())
-    at = rng.randrange(len(raw))
+    place = rng.randrange(len(raw))
     how = rng.choice(
-        [
-            "bit",
-            "bit",
-            "bit",
-            "cut",
-            "zeros",
-            "longer",
-            "gone",
-            "empty",
-            "swapped",
-            "half-written",
-            "renamed",
-        ]
+        options("bit bit bit cut zeros longer gone empty swapped half-written renamed")
     )
     if how == "bit":
-        raw[at] ^= 1 << rng.randrange(8)
+        raw[place] ^= 1 << rng.randrange(8)
     elif how == "cut":
-        raw = raw[:at]
+        raw = raw[:place]
     elif how == "zeros":
-        raw[at:] = bytes(len(raw) - at)
+        raw[place:] = bytes(len(raw) - place)
     elif how == "longer":
         raw += b"\0"
+    elif how == "empty":
+        raw = b""
     elif how == "swapped":
-        raw = bytearray(next(f for f in path.iterdir() if f != file).read_bytes())
-    file.write_bytes(b"" if how == "empty" else raw)
+        raw = next(f for f in path.iterdir() if f != file).read_bytes()
+    file.write_bytes(raw)
     if how == "gone":
         file.unlink()
     elif how == "half-written":
@@ -636,87 +521,79 @@ def test_a_hundred_corruptions_are_all_noticed(whole, tmp_path, capsys):
     rng = random.Random(7)
     for i in range(100):
         ckpt_dir = tmp_path / str(i)
-        for step in (50, 57):
-            shutil.copytree(whole / "ckpt" / f"step_{step:06d}", ckpt_dir / f"step_{step:06d}")
-        before = {f: f.read_bytes() for f in (ckpt_dir / "step_000057").iterdir()}
+        for name in ("step_000050", "step_000057"):
+            shutil.copytree(whole / "ckpt" / name, ckpt_dir / name)
+        before = files(ckpt_dir / "step_000057")
         what = corrupt(ckpt_dir / "step_000057", rng)
-        if all(f.exists() and f.read_bytes() == raw for f, raw in before.items()):
+        if files(ckpt_dir / "step_000057") == before:
             continue  # zeros over zeros
-        found, state = checkpoint.newest(ckpt_dir)
-        assert found.name == "step_000050" and state["step"] == 50, what
-        assert "checkpoint passed over" in capsys.readouterr().out, what
+        newest = checkpoint.newest(ckpt_dir)
+        assert newest.path.name == "step_000050" and newest.step == 50, what
+        assert "checkpoint skipped" in capsys.readouterr().out, what
 
 
-def test_bad_checkpoints_are_passed_over_and_kept(whole, train, tmp_path):
-    """Damaged, foreign, half-written: training goes on from the newest good one, deletes none of them, ends the same."""
+def test_bad_checkpoints_are_skipped_and_kept(whole, train, tmp_path):
+    """Damaged, foreign, half-written: none of them is deleted, the newest valid one is resumed."""
     run_dir = begun(whole, tmp_path / "r", 31)
     ckpt = run_dir / "ckpt"
-    train("foreign", "--max_lr", "1e-3", "--max_steps", "59", "--save_interval", "59")
+    train("foreign", "--max_lr 1e-3 --max_steps 59 --save_interval 59")
     shutil.copytree(tmp_path / "foreign" / "ckpt" / "step_000059", ckpt / "step_000059")
     shutil.copytree(whole / "ckpt" / "step_000040", ckpt / "step_000040")
     (ckpt / "step_000040" / "model.safetensors").write_bytes(b"damaged")
     shutil.copytree(whole / "ckpt" / "step_000050", ckpt / ".step_000050.tmp")
     foreign = weights(run_dir, 59)
-    status, out = train("r", "--save_interval", "10", "--keep_last", "1")
-    assert (
-        status == 0
-        and out.count("passed over") == 2
-        and "max_lr 0.001 -> 0.01" in out
-        and "resume | step 31" in out
-    )
-    assert records(run_dir) == records(whole) and weights(run_dir) == weights(whole)
-    assert checkpoint.read_state(next(ckpt.glob("passed_over_step_000059_*")))["sha256"] == foreign
-    assert next(ckpt.glob("passed_over_step_000040_*/model.safetensors")).read_bytes() == b"damaged"
+    status, out = train("r", "--save_interval 10 --keep_last 1")
+    assert status == 0 and out.count("checkpoint skipped") == 2
+    assert "max_lr 0.001 -> 0.01" in out and "resume | step 31" in out
+    assert_equal(run_dir, whole)
+    assert checkpoint.read(next(ckpt.glob("passed_over_step_000059_*"))).state["sha256"] == foreign
+    damaged = next(ckpt.glob("passed_over_step_000040_*/model.safetensors"))
+    assert damaged.read_bytes() == b"damaged"
     assert not list(ckpt.glob(".step*"))
 
 
 def test_no_silent_start_from_scratch(whole, train, tmp_path):
-    """All checkpoints damaged, gone, or of a run with other settings; an older one asked for: an error, nothing touched."""
+    """All checkpoints damaged, all gone, an older one asked for: an error, nothing is touched."""
     run_dir = begun(whole, tmp_path / "r", 31)
     shutil.copy(whole / "config.json", run_dir)
-    for spoil, words in (
-        (
-            lambda: (run_dir / "ckpt" / "step_000031" / "state.json").write_text("{}"),
-            "no good checkpoint in",
-        ),
-        (lambda: shutil.rmtree(run_dir / "ckpt"), "has saved checkpoints, but"),
-        (
-            lambda: shutil.copytree(whole / "ckpt", run_dir / "ckpt"),
-            "is not the newest checkpoint of this run",
-        ),
-    ):
-        spoil()
-        before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
+    named = run_dir / "ckpt" / "step_000031"
+
+    def refused(words, *changes):
+        before = files(run_dir)
         with pytest.raises(UserError, match=words):
-            train(
-                "r", *(["--resume", run_dir / "ckpt" / "step_000031"] if "newest" in words else [])
-            )
-        assert before == {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
-    with pytest.raises(
-        UserError,
-        match=r"other settings: max_lr 0.01 -> 0.02, min_lr .*; hint: --run_name r-2 .* may go on with another B, ",
-    ):
-        train("r", "--max_lr", "2e-2")
-    status, out = train("branch", "--resume", run_dir / "ckpt" / "step_000031")
+            train("r", *changes)
+        assert before == files(run_dir)
+
+    (named / "state.json").write_text("{}")
+    refused("no valid checkpoint in")
+    shutil.rmtree(run_dir / "ckpt")
+    refused("has saved checkpoints, but")
+    shutil.copytree(whole / "ckpt", run_dir / "ckpt")
+    refused("is not the newest checkpoint of this run", "--resume", named)
+    refused(
+        r"other settings: max_lr 0.01 -> 0.02, min_lr .*; hint: --run_name r-2 .* "
+        "may be resumed with another B, ",
+        "--max_lr 2e-2",
+    )
+    status, _ = train("branch", "--resume", named)
     assert status == 0 and weights(tmp_path / "branch") == weights(whole)
 
 
 def test_checkpoints_elsewhere_are_not_mixed_up(whole, train, tmp_path):
-    """A shared --ckpt_dir: a new run neither prunes nor goes on from another's; without config.json no start from scratch."""
-    shutil.copytree(whole / "ckpt" / "step_000031", tmp_path / "ckpt" / "step_000031")
+    """In a shared --ckpt_dir a new run neither prunes nor resumes another's checkpoints.
+
+    Without its config.json a run does not start from scratch either.
+    """
+    ckpt = tmp_path / "ckpt"
+    named = ckpt / "step_000031"
+    shutil.copytree(whole / "ckpt" / "step_000031", named)
     for resume in ("auto", "never"):
-        with pytest.raises(
-            UserError, match="holds checkpoints, but .* no run: another one's.*--resume"
-        ):
-            train("r", "--ckpt_dir", tmp_path / "ckpt", "--resume", resume)
-    status, out = train(
-        "r", "--ckpt_dir", tmp_path / "ckpt", "--resume", tmp_path / "ckpt" / "step_000031"
-    )
-    assert (
-        status == 0
-        and "resume | step 31" in out
-        and checkpoint.read_state(tmp_path / "ckpt" / "step_000060")["sha256"] == weights(whole)
-    )
+        words = "holds checkpoints, but .* no run: another one's.*--resume"
+        with pytest.raises(UserError, match=words):
+            train("r", "--ckpt_dir", ckpt, "--resume", resume)
+    status, out = train("r", "--ckpt_dir", ckpt, "--resume", named)
+    assert status == 0 and "resume | step 31" in out
+    assert checkpoint.read(ckpt / "step_000060").state["sha256"] == weights(whole)
     before = (tmp_path / "r" / "metrics.jsonl").read_bytes()
     (tmp_path / "r" / "config.json").write_text("")
     with pytest.raises(UserError, match="has saved checkpoints, but"):
@@ -724,7 +601,7 @@ def test_checkpoints_elsewhere_are_not_mixed_up(whole, train, tmp_path):
     assert (tmp_path / "r" / "metrics.jsonl").read_bytes() == before
 
 
-def test_two_processes_cannot_write_one_run(train, tmp_path, flags, launch):
+def test_two_processes_cannot_write_one_run(train, tmp_path):
     (tmp_path / "r").mkdir()
     log = runlog.RunLog()
     log.open(tmp_path / "r")
@@ -734,383 +611,329 @@ def test_two_processes_cannot_write_one_run(train, tmp_path, flags, launch):
     assert train("r")[0] == 0
 
 
-# ---- disks, logs, W&B ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# disks, logs, W&B
 
 
-def test_a_failing_save_leaves_the_last_good_one(whole, train, tmp_path, monkeypatch):
-    """From step 20 to 40 the system refuses files above 40 KB: told, tried again at the next interval, same end."""
-    plain, limits = optim.cosine, resource.getrlimit(resource.RLIMIT_FSIZE)
+@contextmanager
+def full_disk(full):
+    """Let the system refuse files above 40 KB in steps for which full(step) is true."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def cosine(step, *rest):
-        resource.setrlimit(
-            resource.RLIMIT_FSIZE, (40_000 if 19 <= step <= 40 else limits[0], limits[1])
-        )
-        return plain(step, *rest)
+    def limit(step):
+        largest = 40_000 if full(step) else limits[0]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, limits[1]))
 
-    monkeypatch.setattr(train_gpt2.optim, "cosine", cosine)
-    status, out = train("r", "--save_interval", "8", "--keep_last", "9")
-    assert status == 0 and [f"step {s} | NOT saved" in out for s in (16, 24, 32, 40, 48)] == [
-        False,
-        True,
-        True,
-        True,
-        False,
-    ]
-    assert "the last checkpoint is step_000016" in out
-    assert [p.name for p in checkpoint.steps(tmp_path / "r" / "ckpt")] == [
-        f"step_{s:06d}" for s in (8, 16, 48, 56, 60)
-    ]
-    assert records(tmp_path / "r") == records(whole) and weights(tmp_path / "r") == weights(whole)
-    monkeypatch.setattr(
-        train_gpt2.optim,
-        "cosine",
-        lambda step, *rest: (
-            resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1])),
-            plain(step, *rest),
-        )[1],
-    )
     try:
-        with pytest.raises(UserError, match="the last checkpoint could not be written"):
-            train("full")
+        with at_step(limit):
+            yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert not (tmp_path / "full" / "finished.json").exists()
-    monkeypatch.setattr(train_gpt2.optim, "cosine", plain)
-    assert train("full")[0] == 0 and weights(tmp_path / "full") == weights(whole)
 
 
-def test_no_room_is_said_at_the_start(train, tmp_path, monkeypatch):
+def test_a_failing_save_leaves_the_last_valid_one(whole, train, tmp_path):
+    """While the disk is full: reported, tried again at the next interval, and the same end."""
+    with full_disk(lambda step: 19 <= step <= 40):
+        status, out = train("r", "--save_interval 8 --keep_last 9")
+    failed = [step for step in range(61) if f"step {step} | NOT saved" in out]
+    assert status == 0 and failed == [24, 32, 40]
+    assert "the last checkpoint is step_000016" in out
+    assert saved_steps(tmp_path / "r") == [8, 16, 48, 56, 60]
+    assert_equal(tmp_path / "r", whole)
+
+
+def test_a_run_whose_last_save_fails_is_not_finished(whole, train, tmp_path):
+    """An error says so; the same command finishes it when there is room again."""
+    with full_disk(lambda step: True):
+        with pytest.raises(UserError, match="the last checkpoint could not be written"):
+            train("r")
+    assert not (tmp_path / "r" / "finished.json").exists()
+    assert train("r")[0] == 0 and weights(tmp_path / "r") == weights(whole)
+
+
+def test_a_disk_without_room_is_refused_at_the_start(train, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
-    with pytest.raises(
-        UserError, match=r"0.00 GB free, checkpoints need 4 x 0.00 GB; hint: make room"
-    ):
+    words = r"0.00 GB free, checkpoints need 4 x 0.00 GB; hint: make room"
+    with pytest.raises(UserError, match=words):
         train("r")
     assert not (tmp_path / "r" / "metrics.jsonl").exists()
 
 
-def test_a_failing_log_changes_nothing(whole, train, tmp_path, monkeypatch, capsys):
-    """metrics.jsonl refuses lines for a while, half of one gets through; the console is gone; curves and samples cannot be
-    drawn. The run ends the same, and the lines are there when the disk is well again.
+class FailingFile:
+    """A file that refuses 40 writes, cuts five short, and is well again."""
+
+    def __init__(self, file):
+        self.file = file
+        self.writes = 0
+
+    def write(self, data):
+        self.writes += 1
+        if 20 <= self.writes < 60:
+            raise OSError(28, "No space left on device")
+        if 60 <= self.writes < 65:
+            return self.file.write(data[:5])
+        return self.file.write(data)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+def test_a_failing_log_changes_nothing(whole, train, tmp_path, monkeypatch):
+    """metrics.jsonl refuses lines for a while, half of one gets through; no curves can be drawn.
+
+    The run ends the same, and the lines are there when the disk is well again.
     """
+    open_log = runlog.RunLog.open
 
-    class Full:
-        def __init__(self, file):
-            self.file, self.calls = file, 0
+    def open_failing(log, *args):
+        open_log(log, *args)
+        log.file = FailingFile(log.file)
 
-        def write(self, data):
-            self.calls += 1
-            if 20 <= self.calls < 60:
-                raise OSError(28, "No space left on device")
-            return self.file.write(data[:5]) if 60 <= self.calls < 65 else self.file.write(data)
+    def draw_nothing(run_dir):
+        raise OSError(28, "No space left on device")
 
-        def __getattr__(self, name):
-            return getattr(self.file, name)
-
-    plain = runlog.RunLog.open
-
-    def full(self, *args):
-        plain(self, *args)
-        self.file = Full(self.file)
-
-    monkeypatch.setattr(runlog.RunLog, "open", full)
-    monkeypatch.setattr(runlog, "curves", lambda run_dir: (run_dir / "no" / "such").write_text(""))
+    monkeypatch.setattr(runlog.RunLog, "open", open_failing)
+    monkeypatch.setattr(compare, "curves", draw_nothing)
     status, out = train("r")
     assert status == 0 and "metrics.jsonl | not written" in out and "curves | not drawn" in out
-    assert records(tmp_path / "r") == records(whole) and weights(tmp_path / "r") == weights(whole)
-    pipe = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "import runlog, time; runlog.say('1'); time.sleep(1); runlog.say('2'); runlog.say('3'); "
-            "open('/dev/null'); print(4)",
-        ],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+    assert_equal(tmp_path / "r", whole)
+
+
+def test_a_console_that_is_gone_stops_nothing():
+    code = (
+        "import time; from runtime.command_line import say;"
+        "say('1'); time.sleep(1); say('2'); say('3'); open('/dev/null'); print(4)"
     )
-    pipe.stdout.readline()
-    pipe.stdout.close()
-    assert pipe.wait() == 0 and pipe.stderr.read() == b""
+    process = subprocess.Popen(
+        python("-c", code), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait() == 0 and process.stderr.read() == b""
 
 
 @pytest.mark.parametrize(
-    "key,server", [(False, None), (True, "http://10.255.255.1"), (True, "http://127.0.0.1:9")]
+    "key, server", [("", ""), ("0" * 40, "http://10.255.255.1"), ("0" * 40, "http://127.0.0.1:9")]
 )
-def test_wandb_without_key_or_network_holds_nothing_up(
+def test_wandb_without_key_or_network_delays_nothing(
     whole, train, tmp_path, monkeypatch, key, server
 ):
-    """Not a second of the start, and the run is the same."""
-    for proxy in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+    """Not by a second at the start, and the run is the same."""
+    for proxy in options("https_proxy HTTPS_PROXY all_proxy ALL_PROXY"):
         monkeypatch.delenv(proxy, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40) if key else monkeypatch.delenv(
-        "WANDB_API_KEY", raising=False
-    )
-    monkeypatch.setenv("WANDB_BASE_URL", server or "")
-    took, init, close = [], runlog.Wandb.__init__, runlog.Wandb.close
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    monkeypatch.setenv("WANDB_BASE_URL", server)
+    seconds, init, close = [], runlog.Wandb.__init__, runlog.Wandb.close
 
     def timed(*args):
-        t0 = time.monotonic()
+        started = time.monotonic()
         init(*args)
-        took.append(time.monotonic() - t0)
+        seconds.append(time.monotonic() - started)
 
     monkeypatch.setattr(runlog.Wandb, "__init__", timed)
-    monkeypatch.setattr(runlog.Wandb, "close", lambda self: close(self, 5))
-    assert train("r", "--wandb", "auto")[0] == 0 and took[0] < 1
-    assert records(tmp_path / "r") == records(whole) and weights(tmp_path / "r") == weights(whole)
+    monkeypatch.setattr(runlog.Wandb, "close", lambda self, seconds: close(self, 5))
+    assert train("r", "--wandb auto")[0] == 0 and seconds[0] < 1
+    assert_equal(tmp_path / "r", whole)
 
 
-def test_no_secret_is_written(flags, tmp_path):
+def test_no_secret_is_written(command, tmp_path):
     """Keys from the environment stand in no file of a run, W&B's own included."""
     pytest.importorskip("wandb")
     secrets = {
         "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
         "HF_TOKEN": "hf_secretsecretsecret",
     }
-    done = run(
-        "train_gpt2.py",
-        *flags,
-        "--max_steps",
-        "3",
-        "--log_dir",
-        tmp_path,
-        "--run_name",
-        "r",
-        "--wandb",
-        "offline",
-        env=secrets,
-    )
+    changes = options("--max_steps 3 --wandb offline --run_name r --log_dir", tmp_path)
+    done = run("train_gpt2.py", *command, *changes, env=secrets)
     assert done.returncode == 0 and "wandb | offline" in done.stdout, done.stderr
-    files = [p for p in tmp_path.rglob("*") if p.is_file()]
-    assert any("wandb" in str(p) for p in files)
+    written = files(tmp_path)
+    assert any("wandb" in str(path) for path in written)
     for secret in secrets.values():
-        assert (
-            not [p for p in files if secret.encode() in p.read_bytes()]
-            and secret not in done.stdout + done.stderr
-        )
+        assert not [path for path, content in written.items() if secret.encode() in content]
+        assert secret not in done.stdout + done.stderr
 
 
 def test_no_name_leads_out_of_the_directory(whole, tmp_path):
     """A checkpoint that names a file elsewhere is refused."""
     path = shutil.copytree(whole / "ckpt" / "step_000031", tmp_path / "step_000031")
     state = json.loads((path / "state.json").read_text())
-    for name in ("../outside", str(tmp_path / "outside")):
-        (tmp_path / "outside").write_text("x")
-        state["sha256"][name] = shards.sha256(tmp_path / "outside")
-        (path / "state.json").write_text(
-            json.dumps(state | {"checksum": checkpoint.checksum(state)})
-        )
-        with pytest.raises(UserError):
-            checkpoint.read_state(path)
-        del state["sha256"][name]
+    outside = tmp_path / "outside"
+    outside.write_text("x")
+    for name in ("../outside", str(outside)):
+        changed = state | {"sha256": state["sha256"] | {name: sha256(outside)}}
+        changed["checksum"] = checkpoint.checksum(changed)
+        (path / "state.json").write_text(json.dumps(changed))
+        with pytest.raises(UserError, match="it names a file"):
+            checkpoint.read(path)
 
 
-# ---- data ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# data
+
+
+@pytest.fixture
+def root(data, tmp_path, monkeypatch):
+    """A copy of the shards, each of which is checked whenever it is read."""
+    monkeypatch.setattr(shards, "CHECK_SECONDS", 0)
+    return shutil.copytree(data, tmp_path / "data")
+
+
+def spoil(shard: Path, how: str):
+    """Cut a shard, remove it, or put another file in its place."""
+    if how == "cut":
+        os.truncate(shard, 4096)
+    elif how == "gone":
+        shard.unlink()
+    else:
+        raw = shard.read_bytes()
+        new = shard.with_name("new")
+        new.write_bytes(raw[:200] + bytes(len(raw) - 200))
+        os.replace(new, shard)
 
 
 @pytest.mark.parametrize(
-    "what,words",
+    "how, words",
     [
         ("cut", "has 4096 bytes now, not 7106"),
         ("replaced", "was replaced or rewritten"),
         ("gone", "cannot be read any more"),
     ],
 )
-def test_a_shard_that_goes_bad_is_named(whole, data, train, tmp_path, monkeypatch, what, words):
-    """The run stops with a checkpoint; with the shard restored it ends the same. As it is, it is refused."""
-    root, plain = shutil.copytree(data, tmp_path / "data"), optim.cosine
-    monkeypatch.setattr(shards, "LOOK", 0)
+def test_a_shard_that_goes_bad_is_named(whole, root, train, tmp_path, how, words):
+    """The run stops with a checkpoint; with the shard restored it ends the same."""
     shard = root / "data_train_000001.npy"
-    good = shard.read_bytes()
-
-    def cosine(step, *rest):
-        if step == 12:
-            if what == "cut":
-                os.truncate(shard, 4096)
-            elif what == "gone":
-                shard.unlink()
-            else:
-                (root / "new").write_bytes(good[:200] + bytes(len(good) - 200))
-                os.replace(root / "new", shard)
-        return plain(step, *rest)
-
-    with monkeypatch.context() as m:
-        m.setattr(train_gpt2.optim, "cosine", cosine)
+    valid = shard.read_bytes()
+    with at_step(lambda step: spoil(shard, how), only=12):
         with pytest.raises(UserError, match=f"data_train_000001.npy {words}.*hint"):
             train("r", "--data_root", root)
-    at = checkpoint.step_of(checkpoint.steps(tmp_path / "r" / "ckpt")[-1])
-    assert at in (12, 13)
-    if what == "replaced":
-        with pytest.raises(
-            UserError, match="is not the data this run began with.*--accept_new_data"
-        ):
-            train("r", "--data_root", root)
-        copy = shutil.copytree(tmp_path / "r", tmp_path / "accepted")
-        status, out = train("accepted", "--data_root", root, "--accept_new_data", "True")
-        assert (
-            status == 0
-            and "with other data than it began with" in out
-            and records(copy)["train"][at:] != records(whole)["train"][at:]
-        )
-    shard.write_bytes(good)
+    assert saved_steps(tmp_path / "r")[-1] in (12, 13)
+    shard.write_bytes(valid)
     assert train("r", "--data_root", root)[0] == 0
-    assert records(tmp_path / "r") == records(whole) and weights(tmp_path / "r") == weights(whole)
+    assert_equal(tmp_path / "r", whole)
 
 
-def test_a_validation_shard_that_goes_bad(whole, data, train, tmp_path, monkeypatch):
-    root, plain = shutil.copytree(data, tmp_path / "data"), optim.cosine
-    monkeypatch.setattr(shards, "LOOK", 0)
-    good = (root / "data_val_000000.npy").read_bytes()
-    with monkeypatch.context() as m:
-        m.setattr(
-            train_gpt2.optim,
-            "cosine",
-            lambda step, *rest: (
-                (root / "data_val_000000.npy").unlink() if step == 15 else None,
-                plain(step, *rest),
-            )[1],
-        )
+def test_other_data_are_refused_unless_accepted(whole, root, train, tmp_path):
+    begun(whole, tmp_path / "r", 12)
+    spoil(root / "data_train_000001.npy", "replaced")
+    words = "is not the data this run began with.*--accept_new_data"
+    with pytest.raises(UserError, match=words):
+        train("r", "--data_root", root)
+    status, out = train("r", "--accept_new_data True --data_root", root)
+    assert status == 0 and "with other data than it began with" in out
+    assert records(tmp_path / "r")["train"][:12] == records(whole)["train"][:12]
+    assert records(tmp_path / "r")["train"][12:] != records(whole)["train"][12:]
+
+
+def test_a_validation_shard_that_goes_bad(whole, root, train, tmp_path):
+    """Noticed in the next evaluation, after its checkpoint."""
+    shard = root / "data_val_000000.npy"
+    valid = shard.read_bytes()
+    with at_step(lambda step: spoil(shard, "gone"), only=15):
         with pytest.raises(UserError, match="data_val_000000.npy cannot be read any more"):
             train("r", "--data_root", root)
-    (root / "data_val_000000.npy").write_bytes(good)
+    shard.write_bytes(valid)
     status, out = train("r", "--data_root", root)
-    assert status == 0 and "resume | step 20" in out and records(tmp_path / "r") == records(whole)
+    assert status == 0 and "resume | step 20" in out
+    assert records(tmp_path / "r") == records(whole)
 
 
 def test_a_bad_validation_set_in_an_evaluation_alone(whole, train, tmp_path):
-    root = write_shards(tmp_path / "data", {"train": [4033], "val": [1100]}, ids=50257)
+    root = write_shards(tmp_path / "other", {"train": [4033], "val": [1100]}, ids=50257)
     with pytest.raises(UserError, match="beyond vocab_size 512"):
-        train("r", "--data_root", root, "--eval_only", "True", "--init_from", whole)
+        train("r", "--eval_only True --init_from", whole, "--data_root", root)
 
 
-# ---- numbers that are none -----------------------------------------------------------------------------------------
-
-
-def poison(monkeypatch, micro_steps: int, bad: set, value: float = float("nan")):
-    """One micro-batch of each step in `bad` gets a loss that is no number. A step has micro_steps of them."""
-    forward, calls = GPT.forward, [-1]  # the warm-up comes first
-
-    def poisoned(model, idx, *args):
-        loss = forward(model, idx, *args)
-        if torch.is_grad_enabled():
-            calls[0] += 1
-            if (
-                (calls[0] - 1) // micro_steps + 1 in bad
-                and calls[0] % micro_steps == 1
-                and calls[0] > 0
-            ):
-                return loss * value
-        return loss
-
-    monkeypatch.setattr(GPT, "forward", poisoned)
+# --------------------------------------------------------------------------------------------------
+# losses that are NaN or infinite
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_no_number_skips_the_step(train, tmp_path, monkeypatch, value):
-    """Steps 5 and 6 of 20 equal a run in which these two update nothing; the windows are recorded."""
-    more = ["--max_steps", "20", "--log_interval", "4"]
-    with monkeypatch.context() as m:
-        step_if, steps = optim.step_if, []
-        m.setattr(
-            train_gpt2.optim,
-            "step_if",
-            lambda *args: (steps.append(0), len(steps) in (5, 6) or step_if(*args)),
-        )
-        assert train("without", *more)[0] == 0
-    with monkeypatch.context() as m:
-        poison(m, 3, {5, 6}, value)
-        status, out = train("poisoned", *more)
+def test_a_bad_loss_skips_the_step(train, tmp_path, monkeypatch, value):
+    """Steps 5 and 6 of 20 equal a run in which these two update nothing.
+
+    Their windows are recorded.
+    """
+    changes = "--max_steps 20 --log_interval 4"
+    step_if, steps = optim.step_if, []
+
+    def step_but_twice(*args):
+        if steps[-1] + 1 not in (5, 6):
+            step_if(*args)
+
+    with at_step(steps.append), monkeypatch.context() as patch:
+        patch.setattr(optim, "step_if", step_but_twice)
+        assert train("without", changes)[0] == 0
+    with poisoned({5, 6}, value):
+        status, out = train("poisoned", changes)
     assert status == 0 and out.count("| skipped, no update") == 2
-    lines = {r["step"]: r for r in runlog.read_metrics(tmp_path / "poisoned") if "train/loss" in r}
-    assert (
-        [s for s, r in lines.items() if r["train/loss"] is None]
-        == [s for s, r in lines.items() if "skipped" in r]
-        == [5, 6]
-    )
+    lines = {r["step"]: r for r in read_metrics(tmp_path / "poisoned") if "train/loss" in r}
+    assert [step for step, r in lines.items() if r["train/loss"] is None] == [5, 6]
+    assert [step for step, r in lines.items() if "skipped" in r] == [5, 6]
     assert lines[5]["windows"] == [48, 59] and lines[6]["windows"] == [60, 71]
-    assert weights(tmp_path / "poisoned", 20) == weights(tmp_path / "without", 20)
+    assert weights(tmp_path / "poisoned") == weights(tmp_path / "without")
     a, b = records(tmp_path / "poisoned"), records(tmp_path / "without")
-    assert a["val"] == b["val"] and [x for x in a["train"] if x[0] not in (5, 6)] == [
-        x for x in b["train"] if x[0] not in (5, 6)
-    ]
+    assert a["val"] == b["val"]
+    others = [[r for r in run["train"] if r[0] not in (5, 6)] for run in (a, b)]
+    assert others[0] == others[1]
 
 
-def test_many_in_a_row_stop_the_run(train, tmp_path, monkeypatch):
-    poison(monkeypatch, 3, set(range(5, 100)))
-    with pytest.raises(
-        UserError, match="4 steps in a row skipped up to step 8.*hint: a lower --max_lr"
-    ):
-        train("r", "--max_skipped", "4")
-    state = torch.cat(
-        [
-            t.flatten()
-            for t in checkpoint.load_model(checkpoint.find(str(tmp_path / "r")))
-            .state_dict()
-            .values()
-        ]
-    )
-    assert (
-        torch.isfinite(state).all()
-        and checkpoint.steps(tmp_path / "r" / "ckpt")[-1].name == "step_000008"
-    )
+def test_many_bad_losses_in_a_row_stop_the_run(train, tmp_path):
+    """The last checkpoint holds finite weights."""
+    words = "4 steps in a row skipped up to step 8.*NaN or infinite; hint: a lower --max_lr"
+    with poisoned(range(5, 100)):
+        with pytest.raises(UserError, match=words):
+            train("r", "--max_skipped 4")
+    model = hf.load_checkpoint(checkpoint.find(tmp_path / "r"))
+    assert all(torch.isfinite(t).all() for t in model.state_dict().values())
+    assert saved_steps(tmp_path / "r")[-1] == 8
+
+
+POISONED = """
+import os, sys
+sys.path[:0] = [{tests!r}, {root!r}]
+from contextlib import nullcontext
+from conftest import poisoned
+import train_gpt2
+from runtime.command_line import run_script
+
+with poisoned({{5, 6}}) if os.environ.get("RANK", "0") == "0" else nullcontext():
+    run_script(train_gpt2.main)
+"""
 
 
 @pytest.mark.slow
-def test_one_rank_of_two_with_a_bad_number(flags, tmp_path):
-    """Both skip the step, and stay alike: the losses after it are those of one process that had it, too."""
-    code = (
-        "import sys, os; sys.path[:0] = ['tests', '.']; import pytest, test_faults, train_gpt2, config\n"
-        "nproc = int(os.environ.get('WORLD_SIZE', 1))\n"
-        "if os.environ.get('RANK', '0') == '0': test_faults.poison(pytest.MonkeyPatch(), 4 // nproc, {5, 6})\n"
-        "sys.argv[0] = 'train_gpt2.py'; config.command_line(train_gpt2.main)"
-    )
-    (tmp_path / "poisoned.py").write_text(code)
+def test_one_rank_of_two_with_a_bad_loss(command, tmp_path):
+    """Both skip the step and stay alike: the losses are those of one process that had it."""
+    script = tmp_path / "poisoned.py"
+    script.write_text(POISONED.format(tests=str(ROOT / "tests"), root=str(ROOT)))
+    changes = options("--total_batch 512 --max_steps 12 --log_dir", tmp_path)
     for nproc in (0, 2):
-        done = run(
-            tmp_path / "poisoned.py",
-            *flags,
-            "--total_batch",
-            "512",
-            "--max_steps",
-            "12",
-            "--log_dir",
-            tmp_path,
-            "--run_name",
-            f"n{nproc}",
-            nproc=nproc,
-            env={"PYTHONPATH": str(ROOT)},
-        )
-        assert done.returncode == 0 and done.stdout.count("skipped, no update") == 2, (
-            done.stdout + done.stderr
-        )
-    a, b = (
-        [r[1] for r in records(tmp_path / f"n{n}")["train"] if r[1] is not None] for n in (0, 2)
-    )
-    assert len(a) == 10 and a == pytest.approx(b, abs=1e-5)
+        done = run(script, *command, *changes, "--run_name", f"n{nproc}", nproc=nproc)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("skipped, no update") == 2, done.stdout
+    one, two = losses(tmp_path / "n0"), losses(tmp_path / "n2")
+    assert len(one) == 10 and one == pytest.approx(two, abs=1e-5)
 
 
-# ---- saving beside training ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# saving in the background
 
 
-def test_saving_by_the_clock(whole, train, tmp_path, monkeypatch):
-    """Every few steps by --save_minutes; what is saved is the state at that step, though training has gone on since."""
-    status, out = train(
-        "r", "--save_minutes", "0.0005", "--keep_last", "99", "--save_interval", "1000"
-    )
-    saved = [checkpoint.step_of(p) for p in checkpoint.steps(tmp_path / "r" / "ckpt")]
-    assert status == 0 and len(saved) > 1 and weights(tmp_path / "r") == weights(whole)
-    assert all(weights(tmp_path / "r", s) == weights(whole, s) for s in saved) and records(
-        tmp_path / "r"
-    ) == records(whole)
+def test_saving_by_the_clock(whole, train, tmp_path):
+    """By --save_minutes; saved is the state at that step, though training has continued since."""
+    changes = "--save_minutes 0.0005 --keep_last 99 --save_interval 1000"
+    status, _ = train("r", changes)
+    saved = saved_steps(tmp_path / "r")
+    assert status == 0 and len(saved) > 1
+    for step in saved:
+        assert weights(tmp_path / "r", step) == weights(whole, step)
+    assert records(tmp_path / "r") == records(whole)
 
 
 def test_the_best_checkpoint_is_kept(train, tmp_path):
-    """A rate so high that the loss rises again: the lowest evaluation's checkpoint stays beside the newest."""
-    status, _ = train(
-        "r", "--max_lr", "1.0", "--save_interval", "5", "--eval_interval", "5", "--keep_last", "2"
-    )
-    losses = dict(records(tmp_path / "r")["val"])
-    best = min((s for s in losses if s > 0), key=losses.get)
-    assert [checkpoint.step_of(p) for p in checkpoint.steps(tmp_path / "r" / "ckpt")] == sorted(
-        {best, 55, 60}
-    )
+    """A rate so high that the loss rises again: the best checkpoint stays beside the newest."""
+    train("r", "--max_lr 1.0 --save_interval 5 --eval_interval 5 --keep_last 2")
+    val_losses = dict(records(tmp_path / "r")["val"])
+    best = min((step for step in val_losses if step > 0), key=val_losses.get)
+    assert saved_steps(tmp_path / "r") == sorted({best, 55, 60})

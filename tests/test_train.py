@@ -1,112 +1,94 @@
-"""python -m pytest tests/test_train.py : the training script, run as a user runs it, at tiny size."""
+"""python -m pytest tests/test_train.py : train_gpt2.py as a user runs it, at tiny size."""
 
 import json
+import os
+import random
 import shutil
+import signal
 import sys
+import threading
 import time
 
+import matplotlib
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, run, write_shards
+import torch
+from conftest import ROOT, SMALL, TINY, at_step, decisive, options, run, weights, write_shards
 
-import checkpoint
+import hf
 import train_gpt2
-from config import PRESETS, TrainConfig, UserError, from_command_line, preset, problems
+from config import PRESETS, TrainConfig, from_command_line, preset, problems
+from model import GPT
+from runtime import checkpoint
+from runtime.command_line import UserError
+from runtime.runlog import read_metrics
+from runtime.stop import SIGNALS, Stopped
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return write_shards(
-        tmp_path_factory.mktemp("data"), {"train": [6000, 4000, 9000], "val": [3000]}, ids=512
-    )
+    folder = tmp_path_factory.mktemp("data")
+    return write_shards(folder, {"train": [6000, 4000, 9000], "val": [3000]}, ids=512)
 
 
 @pytest.fixture
-def train(data, tmp_path, monkeypatch, capsys):
-    """train(*arguments) runs the script in this process at tiny size and returns (records, what it printed)."""
+def train(data, tmp_path, train_here):
+    """train("PRESET --option value") runs the script here at tiny size: (records, output).
 
-    def go(*args, shards=data, name="r"):
-        argv = [
-            *args,
-            *[x for pair in zip(TINY[::2], TINY[1::2]) if pair[0] not in args for x in pair],
-        ]
-        monkeypatch.setattr(
-            sys,
-            "argv",
-            [
-                "train_gpt2.py",
-                *map(str, argv),
-                "--data_root",
-                str(shards),
-                "--log_dir",
-                str(tmp_path),
-                "--run_name",
-                name,
-            ],
-        )
-        train_gpt2.main()
-        path = tmp_path / name / "metrics.jsonl"
-        return (
-            [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        ), capsys.readouterr().out
+    The run's directory is tmp_path / name.
+    """
 
-    return go
+    def train(command, *more, shards=data, name="r"):
+        preset_name, *changes = options(command, *more)
+        places = options("--data_root", shards, "--log_dir", tmp_path, "--run_name", name)
+        status, out = train_here(preset_name, *TINY, *places, *changes)
+        assert status == 0
+        path = tmp_path / name
+        return read_metrics(path) if (path / "metrics.jsonl").exists() else [], out
+
+    return train
 
 
-losses = lambda records: [r["train/loss"] for r in records if "train/loss" in r]
-val_losses = lambda records: [r["val/loss"] for r in records if "val/loss" in r]
+def losses(records):
+    return [r["train/loss"] for r in records if "train/loss" in r]
 
 
-# ---- what a run does -----------------------------------------------------------------------------------------------
+def val_losses(records):
+    return [r["val/loss"] for r in records if "val/loss" in r]
+
+
+def files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# --------------------------------------------------------------------------------------------------
+# what a run does
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_takes_two_steps(train, name):
-    records, out = train(name, "--max_steps", "2", name=name)
-    assert (
-        len(losses(records)) == 2
-        and np.isfinite(losses(records)).all()
-        and len(val_losses(records)) == 2
-    )
-    assert f"{name} " in out or "finished" in out
+def test_every_preset_takes_two_steps(train, fast_curves, name):
+    records, out = train(f"{name} --max_steps 2")
+    assert len(losses(records)) == 2 and np.isfinite(losses(records)).all()
+    assert len(val_losses(records)) == 2 and "finished" in out
 
 
 def test_a_run_leaves_what_the_readme_says(train, tmp_path):
-    records, out = train(
-        "gpt2-rope",
-        "--max_steps",
-        "40",
-        "--eval_interval",
-        "10",
-        "--save_interval",
-        "15",
-        "--max_lr",
-        "1e-2",
-    )
+    """Files, records and lines; the checkpoint holds the last update, so it has the last loss."""
+    command = "gpt2-rope --max_steps 40 --eval_interval 10 --save_interval 15 --max_lr 1e-2"
+    records, out = train(command)
     run_dir = tmp_path / "r"
-    assert {p.name for p in run_dir.iterdir()} >= {
-        "config.json",
-        "env.json",
-        "metrics.jsonl",
-        "curves.png",
-        "ckpt",
-    }
-    assert [p.name for p in checkpoint.steps(run_dir / "ckpt")][-1] == "step_000040"
-    steps = [r["step"] for r in records if "train/loss" in r]
-    assert steps == list(range(1, 41)) and [r["step"] for r in records if "val/loss" in r] == [
-        0,
-        10,
-        20,
-        30,
-        40,
-    ]
-    assert {"train/lr", "train/norm", "dt_ms", "data_ms", "tok_s", "mfu"} <= set(records[2])
-    assert {"val/bpb", "eval_ms"} <= set(next(r for r in records if "val/loss" in r)) and any(
-        "save_ms" in r for r in records
-    )
+    expected = options("config.json env.json metrics.jsonl curves.png ckpt finished.json")
+    assert {path.name for path in run_dir.iterdir()} >= set(expected)
+    assert checkpoint.steps(run_dir / "ckpt")[-1].name == "step_000040"
+    updates = [r for r in records if "train/loss" in r]
+    evaluations = [r for r in records if "val/loss" in r]
+    assert [r["step"] for r in updates] == list(range(1, 41))
+    assert [r["step"] for r in evaluations] == [0, 10, 20, 30, 40]
+    assert {"train/lr", "train/norm", "dt_ms", "data_ms", "tok_s", "mfu"} <= set(updates[0])
+    assert {"val/bpb", "eval_ms"} <= set(evaluations[0])
+    assert any("save_ms" in r for r in records)
     assert "step 40/40 | loss" in out and "tok/s" in out and "left" in out
-    # the last validation loss is that of the saved weights: the checkpoint holds the last update
-    _, out = train("gpt2-rope", "--eval_only", "True", "--init_from", run_dir)
+    _, out = train("gpt2-rope --eval_only True --init_from", run_dir)
     assert f"val loss {val_losses(records)[-1]:.4f}" in out
 
 
@@ -115,42 +97,39 @@ def test_it_learns(train, tmp_path):
     tokens = np.tile(np.arange(40, dtype=np.uint16), 500)
     for split in ("train", "val"):
         np.save(tmp_path / f"loop_{split}_0.npy", tokens)
-    records, _ = train("gpt2-baseline", "--max_steps", "60", "--max_lr", "1e-2", shards=tmp_path)
+    records, _ = train("gpt2-baseline --max_steps 60 --max_lr 1e-2", shards=tmp_path)
     assert losses(records)[0] > 6 and val_losses(records)[-1] < 0.5
 
 
+def test_curves_are_drawn_from_the_first_evaluation_on(train, tmp_path):
+    """A run can be watched: curves.png is there when the first step begins."""
+    drawn = []
+    with at_step(lambda step: drawn.append((tmp_path / "r" / "curves.png").exists())):
+        train("gpt2-rope --max_steps 2")
+    assert drawn == [True, True]
+
+
 def test_validation_does_not_depend_on_the_micro_batch(train):
-    a, b = (
-        train("gpt2-rope", "--max_steps", "1", "--B", B, "--val_tokens", "1600", name=f"b{B}")[0]
-        for B in ("4", "16")
-    )
+    command = "gpt2-rope --max_steps 1 --val_tokens 1600 --B"
+    a, _ = train(command, 4, name="b4")
+    b, _ = train(command, 16, name="b16")
     assert val_losses(a)[0] == pytest.approx(val_losses(b)[0], abs=1e-6)
 
 
 def test_two_and_four_ranks_equal_one_process(data, tmp_path):
-    """Three epochs with the same total batch: the same hash of every batch, losses to 1e-5 over 20 steps, the same validation loss."""
-    args = [
-        "train_gpt2.py",
-        "gpt2-rope",
-        *TINY,
-        "--epochs",
-        "3",
-        "--data_root",
-        data,
-        "--log_dir",
-        tmp_path,
-        "--batch_hashes",
-        "True",
-    ]
-    args[args.index("--total_batch") + 1] = "2048"
+    """Three epochs of the same total batch on 1, 2 and 4 processes.
+
+    The same hash of every batch, losses to 1e-5 over 20 steps, the same validation loss.
+    """
+    command = options(
+        "train_gpt2.py gpt2-rope", *TINY, "--epochs 3 --total_batch 2048 --batch_hashes True"
+    )
+    places = options("--data_root", data, "--log_dir", tmp_path)
     records = {}
     for nproc in (0, 2, 4):
-        done = run(*args, "--run_name", f"n{nproc}", nproc=nproc)
+        done = run(*command, *places, "--run_name", f"n{nproc}", nproc=nproc)
         assert done.returncode == 0, done.stderr
-        records[nproc] = [
-            json.loads(line)
-            for line in (tmp_path / f"n{nproc}" / "metrics.jsonl").read_text().splitlines()
-        ]
+        records[nproc] = read_metrics(tmp_path / f"n{nproc}")
     hashes = {n: [r["batch_hash"] for r in rs if "batch_hash" in r] for n, rs in records.items()}
     assert hashes[0] == hashes[2] == hashes[4] and len(set(hashes[0])) == 27  # 57,000 tokens
     for n in (2, 4):
@@ -159,254 +138,195 @@ def test_two_and_four_ranks_equal_one_process(data, tmp_path):
 
 
 def test_micro_batches_change_nothing(train):
-    a, b = (
-        train("gpt2-global-datafix", "--max_steps", "8", "--B", B, name=f"b{B}")[0]
-        for B in ("2", "16")
-    )
+    a, _ = train("gpt2-global-datafix --max_steps 8 --B 2", name="b2")
+    b, _ = train("gpt2-global-datafix --max_steps 8 --B 16", name="b16")
     assert losses(a) == pytest.approx(losses(b), abs=1e-5)
 
 
 def test_compiled_equals_plain(train):
-    a, b = (
-        train(
-            "gpt2-swiglu", "--max_steps", "5", "--n_layer", "1", "--use_compile", c, name=f"c{c}"
-        )[0]
-        for c in ("False", "True")
-    )
-    assert losses(a) == pytest.approx(losses(b), abs=1e-5) and val_losses(a) == pytest.approx(
-        val_losses(b), abs=1e-5
-    )
+    a, _ = train("gpt2-swiglu --max_steps 5 --n_layer 1 --use_compile False", name="plain")
+    b, _ = train("gpt2-swiglu --max_steps 5 --n_layer 1 --use_compile True", name="compiled")
+    assert losses(a) == pytest.approx(losses(b), abs=1e-5)
+    assert val_losses(a) == pytest.approx(val_losses(b), abs=1e-5)
 
 
 @pytest.mark.slow
 def test_modern_on_two_ranks_equals_one_process(data, tmp_path):
-    """Muon's work is shared, the checkpoint is written by one: losses to 1e-5, and one process goes on with what two began."""
-    found = {}
+    """Muon's work is shared, the checkpoint is written by one: losses to 1e-5.
+
+    One process resumes what two began.
+    """
+    command = options("train_gpt2.py gpt2-modern", *TINY, "--max_steps 8 --save_interval 4")
+    command += options("--data_root", data, "--log_dir", tmp_path)
     for nproc, name in ((0, "one"), (2, "two")):
-        done = run(
-            "train_gpt2.py",
-            "gpt2-modern",
-            *TINY,
-            "--max_steps",
-            "8",
-            "--data_root",
-            data,
-            "--log_dir",
-            tmp_path,
-            "--run_name",
-            name,
-            "--save_interval",
-            "4",
-            nproc=nproc,
-        )
+        done = run(*command, "--run_name", name, nproc=nproc)
         assert done.returncode == 0, done.stderr
-        found[name] = [
-            json.loads(line)
-            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        ]
-    assert (
-        losses(found["two"]) == pytest.approx(losses(found["one"]), abs=1e-5)
-        and len(losses(found["two"])) == 8
-    )
+    one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5) and len(losses(two)) == 8
     (tmp_path / "two" / "finished.json").unlink()
     shutil.rmtree(tmp_path / "two" / "ckpt" / "step_000008")
-    done = run(
-        "train_gpt2.py",
-        "gpt2-modern",
-        *TINY,
-        "--max_steps",
-        "8",
-        "--data_root",
-        data,
-        "--log_dir",
-        tmp_path,
-        "--run_name",
-        "two",
-        "--save_interval",
-        "4",
-    )
-    again = [
-        json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
-    ]
-    assert "resume | step 4" in done.stdout and losses(again) == pytest.approx(
-        losses(found["one"]), abs=1e-5
-    )
-
-
-def test_modern_refuses_what_does_not_fit(train, tmp_path):
-    """Switches of the other architecture; a tied head under Muon; on resuming, whatever decides the result."""
-    for args, words in (
-        (["gpt2-modern", "--use_rope", "True"], "use_rope is True"),
-        (["gpt2-modern", "--use_swiglu", "True"], "use_swiglu True"),
-        (["gpt2-rope", "--optimizer", "muon"], "arch is gpt2"),
-        (["gpt2-modern", "--n_embd", "6"], "even width, n_embd / n_head is 3"),
-    ):
-        with pytest.raises(UserError, match=words):
-            train(*args, "--max_steps", "2")
-    train("gpt2-rope", "--max_steps", "2", name="tied")
-    with pytest.raises(UserError, match="tied has arch gpt2; hint: "):
-        train("gpt2-modern", "--max_steps", "2", "--init_from", tmp_path / "tied")
-    train("gpt2-modern", "--max_steps", "2")
-    for name, value in (
-        ("optimizer", "adamw"),
-        ("schedule", "linear"),
-        ("embed_lr", "0.5"),
-        ("head_lr", "0.01"),
-    ):
-        with pytest.raises(UserError, match=f"other settings: {name} "):
-            train("gpt2-modern", "--max_steps", "2", f"--{name}", value)
-
-
-def test_epochs_of_a_preset_give_way_to_steps(train):
-    """gpt2-rope-t2048 and gpt2-modern-t2048 run over epochs: three of them here; --max_steps takes their place."""
-    for name in ("gpt2-rope-t2048", "gpt2-modern-t2048"):
-        assert preset(name).epochs == 4 and (preset(name).T, preset(name).B) == (2048, 32)
-        records, out = train(name, "--epochs", "3", name=name)
-        assert "3 epochs are 111 steps" in out and len(losses(records)) == 111
-        assert from_command_line([name, "--max_steps", "7"])[0].epochs is None
-
-
-def test_epochs_set_the_length(train):
-    records, out = train(
-        "gpt2-global-datafix", "--epochs", "2"
-    )  # about 19,000 tokens of 512 a step, twice
-    assert "2 epochs are 74 steps" in out and len(losses(records)) == 74
-
-
-# ---- resume --------------------------------------------------------------------------------------------------------
+    done = run(*command, "--run_name", "two")
+    assert "resume | step 4" in done.stdout
+    assert losses(read_metrics(tmp_path / "two")) == pytest.approx(losses(one), abs=1e-5)
 
 
 @pytest.mark.parametrize(
-    "name, schedule", [("gpt2-global-datafix", "cosine"), ("gpt2-modern", "constant_linear")]
+    "command, words",
+    [
+        ("gpt2-modern --use_rope True", "use_rope is True"),
+        ("gpt2-modern --use_swiglu True", "use_swiglu True"),
+        ("gpt2-rope --optimizer muon", "arch is gpt2"),
+        ("gpt2-modern --n_embd 6", "even width, n_embd / n_head is 3"),
+    ],
 )
-def test_a_resumed_run_equals_an_uninterrupted_one(train, monkeypatch, tmp_path, name, schedule):
-    """Stopped after step 12 of 20 by an error in the loop; the same command goes on from step 10, to the same losses and weights."""
-    args = [name, "--max_steps", "20", "--save_interval", "5", "--eval_interval", "4"]
-    whole, _ = train(*args, name="whole")
-    plain = getattr(train_gpt2.optim, schedule)
-    with monkeypatch.context() as m:
+def test_modern_refuses_what_does_not_fit(train, command, words):
+    """Switches of the other architecture, and Muon without an untied head."""
+    with pytest.raises(UserError, match=words):
+        train(command, "--max_steps 2")
 
-        def stop(step, *rest):
-            if step == 12:
-                raise KeyboardInterrupt
-            return plain(step, *rest)
 
-        m.setattr(train_gpt2.optim, schedule, stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(*args, name="parts")
-    parts, out = train(*args, name="parts")
+def test_modern_refuses_a_tied_head(train, tmp_path):
+    train("gpt2-rope --max_steps 2", name="tied")
+    with pytest.raises(UserError, match="tied has arch gpt2; hint: "):
+        train("gpt2-modern --max_steps 2 --init_from", tmp_path / "tied")
+
+
+def test_modern_does_not_resume_with_other_settings(train):
+    """Whatever decides the result is compared."""
+    train("gpt2-modern --max_steps 2")
+    for change in options("optimizer=adamw schedule=cosine embed_lr=0.5 head_lr=0.01"):
+        with pytest.raises(UserError, match=f"other settings: {change.split('=')[0]} "):
+            train(f"gpt2-modern --max_steps 2 --{change}")
+
+
+@pytest.mark.parametrize("name", ["gpt2-rope-t2048", "gpt2-modern-t2048"])
+def test_epochs_of_a_preset_give_way_to_steps(train, name):
+    """These presets run over epochs: three of them here; --max_steps takes their place."""
+    assert preset(name).epochs == 4 and (preset(name).T, preset(name).B) == (2048, 32)
+    records, out = train(f"{name} --epochs 3")
+    assert "3 epochs are 111 steps" in out and len(losses(records)) == 111
+    assert from_command_line(options(name, "--max_steps 7"))[0].epochs is None
+
+
+def test_epochs_set_the_length(train):
+    """About 19,000 tokens, twice, 512 per step."""
+    records, out = train("gpt2-global-datafix --epochs 2")
+    assert "2 epochs are 74 steps" in out and len(losses(records)) == 74
+
+
+# --------------------------------------------------------------------------------------------------
+# resuming
+
+
+@pytest.mark.parametrize("name", ["gpt2-global-datafix", "gpt2-modern"])
+def test_a_resumed_run_equals_an_uninterrupted_one(train, tmp_path, name):
+    """An error in step 13 of 20: the same command resumes from step 10, to the same weights."""
+    command = f"{name} --max_steps 20 --save_interval 5 --eval_interval 4"
+    whole, _ = train(command, name="whole")
+
+    def fail(step):
+        raise KeyboardInterrupt
+
+    with at_step(fail, only=12), pytest.raises(KeyboardInterrupt):
+        train(command, name="parts")
+    parts, out = train(command, name="parts")
     assert "resume | step 10" in out
     assert losses(parts) == losses(whole) and val_losses(parts) == val_losses(whole)
     assert [r["step"] for r in parts if "train/loss" in r] == list(range(1, 21))
-    a, b = (
-        checkpoint.read_state(tmp_path / n / "ckpt" / "step_000020")["sha256"]
-        for n in ("whole", "parts")
-    )
-    assert a == b
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
 
 def test_a_finished_run_says_so_and_nothing_is_overwritten(train, tmp_path):
-    train("gpt2-baseline", "--max_steps", "3")
-    before = {p: p.read_bytes() for p in (tmp_path / "r").rglob("*") if p.is_file()}
-    assert "already finished" in train("gpt2-baseline", "--max_steps", "3")[1]
-    for args in (
-        ["--max_steps", "4"],
-        ["--max_steps", "3", "--max_lr", "1e-3"],
-        ["--max_steps", "3", "--resume", "never"],
-    ):
+    train("gpt2-baseline --max_steps 3")
+    before = files(tmp_path / "r")
+    _, out = train("gpt2-baseline --max_steps 3")
+    assert "already finished" in out
+    for changes in ("--max_steps 4", "--max_steps 3 --max_lr 1e-3", "--max_steps 3 --resume never"):
         with pytest.raises(UserError, match="hint: --run_name"):
-            train("gpt2-baseline", *args)
-    assert before == {p: p.read_bytes() for p in (tmp_path / "r").rglob("*") if p.is_file()}
+            train("gpt2-baseline", changes)
+    assert before == files(tmp_path / "r")
 
 
-def test_a_damaged_checkpoint_is_passed_over(train, tmp_path):
-    args = ["gpt2-baseline", "--max_steps", "9", "--save_interval", "3"]
-    train(*args)
-    weights = tmp_path / "r" / "ckpt" / "step_000009" / "model.safetensors"
-    raw = bytearray(weights.read_bytes())
+def test_a_damaged_checkpoint_is_skipped(train, tmp_path):
+    command = "gpt2-baseline --max_steps 9 --save_interval 3"
+    train(command)
+    file = tmp_path / "r" / "ckpt" / "step_000009" / "model.safetensors"
+    raw = bytearray(file.read_bytes())
     raw[len(raw) // 2] ^= 1
-    weights.write_bytes(raw)
-    _, out = train(*args)
-    assert "passed over" in out and "resume | step 6" in out
+    file.write_bytes(raw)
+    _, out = train(command)
+    assert "checkpoint skipped" in out and "resume | step 6" in out
     for path in checkpoint.steps(tmp_path / "r" / "ckpt"):
         (path / "state.json").write_text("{")
-    with pytest.raises(UserError, match="no good checkpoint"):
-        train(*args)
+    with pytest.raises(UserError, match="no valid checkpoint"):
+        train(command)
 
 
 def test_fine_tuning_starts_from_the_given_weights(train, tmp_path):
-    first, _ = train("gpt2-rope", "--max_steps", "30", "--max_lr", "1e-2", name="first")
-    tuned, _ = train(
-        "gpt2-rope", "--max_steps", "2", "--init_from", tmp_path / "first", name="tuned"
-    )
+    first, _ = train("gpt2-rope --max_steps 30 --max_lr 1e-2", name="first")
+    tuned, _ = train("gpt2-rope --max_steps 2 --init_from", tmp_path / "first", name="tuned")
     assert val_losses(tuned)[0] == pytest.approx(val_losses(first)[-1], abs=1e-6)
 
 
-# ---- settings ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# settings
 
 
 def test_published_settings():
-    """Decisive numbers of the published experiments; a change here changes what the presets reproduce."""
-    p = {name: preset(name) for name in PRESETS}
-    for name in list(PRESETS)[1:7]:
-        assert (
-            p[name].total_batch,
-            p[name].max_steps,
-            p[name].T,
-            p[name].vocab_size,
-            p[name].betas,
-        ) == (524288, 19073, 1024, 50304, (0.9, 0.95))
-    lr = {n: (p[n].max_lr, p[n].warmup_steps) for n in p}
-    assert lr["gpt2-baseline"] == lr["gpt2-periodicity-fix"] == (6e-4, 715)
-    assert lr["gpt2-lr-inc"] == lr["gpt2-global-datafix"] == lr["gpt2-rope"] == (
-        1.8e-3,
-        285,
-    ) and lr["gpt2-swiglu"] == (1.5e-3, 300)
-    assert [p[n].data_order for n in list(PRESETS)[1:7]] == [
-        "sequential",
-        "documents",
-        "documents",
-        "global",
-        "global",
-        "global",
+    """Decisive numbers of the published experiments: a change changes what presets reproduce."""
+    published = {name: preset(name) for name in list(PRESETS)[1:7]}
+    for p in published.values():
+        assert (p.total_batch, p.max_steps, p.T, p.vocab_size) == (524288, 19073, 1024, 50304)
+        assert p.betas == (0.9, 0.95)
+    assert [(p.max_lr, p.warmup_steps, p.data_order) for p in published.values()] == [
+        (6e-4, 715, "sequential"),  # baseline
+        (6e-4, 715, "documents"),  # periodicity-fix
+        (1.8e-3, 285, "documents"),  # lr-inc
+        (1.8e-3, 285, "global"),  # global-datafix
+        (1.8e-3, 285, "global"),  # rope
+        (1.5e-3, 300, "global"),  # swiglu
     ]
-    assert [(p[n].use_rope, p[n].use_swiglu) for n in list(PRESETS)[1:7]] == [
-        (False, False)
-    ] * 4 + [(True, False), (True, True)]
+    assert [p.use_rope for p in published.values()] == [False] * 4 + [True] * 2
+    assert [p.use_swiglu for p in published.values()] == [False] * 5 + [True]
+    assert list(published) == options(
+        "gpt2-baseline gpt2-periodicity-fix gpt2-lr-inc gpt2-global-datafix gpt2-rope gpt2-swiglu"
+    )
 
 
 def test_command_line():
+    """The preset comes first; what follows from other settings is filled in."""
     cfg, notes = from_command_line([])
     assert cfg.preset == cfg.run_name == "shakespeare" and "gpt2-rope" in notes[0]
-    cfg, _ = from_command_line(
-        ["gpt2-rope", "--max-steps", "100", "--use_compile=False", "--betas", "0.8", "0.9"]
-    )
-    assert (cfg.max_steps, cfg.warmup_steps, cfg.use_compile, cfg.betas, cfg.block_size) == (
-        100,
-        1,
-        False,
-        (0.8, 0.9),
-        1024,
-    )
-    assert cfg.min_lr == pytest.approx(1.8e-4) and from_command_line(
-        ["gpt2-rope", "--max_lr", "1e-3"]
-    )[0].min_lr == pytest.approx(1e-4)
-    for argv, word in (
-        (["gpt2-rop"], "gpt2-rope"),
-        (["gpt2-rope", "--max_step", "3"], "max_steps"),
-        (["--epochs", "1", "--max_steps", "3"], "hint"),
-    ):
-        with pytest.raises(UserError, match=word):
-            from_command_line(argv)
-    cfg, _ = from_command_line(["gpt2-rope", "--max_steps", "100", "--warmup_steps", "100"])
+    argv = options("gpt2-rope --max-steps 100 --use_compile=False --betas 0.8 0.9")
+    cfg, _ = from_command_line(argv)
+    assert (cfg.max_steps, cfg.warmup_steps, cfg.block_size) == (100, 1, 1024)
+    assert cfg.use_compile is False and cfg.betas == (0.8, 0.9)
+    assert cfg.min_lr == pytest.approx(1.8e-4)
+    cfg, _ = from_command_line(options("gpt2-rope --max_lr 1e-3"))
+    assert cfg.min_lr == pytest.approx(1e-4)
+    cfg, _ = from_command_line(options("gpt2-rope --max_steps 100 --warmup_steps 100"))
     assert "warmup_steps 100 must be below max_steps 100" in problems(cfg, 1)[0]
 
 
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        ("gpt2-rop", "gpt2-rope"),
+        ("gpt2-rope --max_step 3", "max_steps"),
+        ("--epochs 1 --max_steps 3", "hint"),
+    ],
+)
+def test_command_line_mistakes(command, words):
+    with pytest.raises(UserError, match=words):
+        from_command_line(options(command))
+
+
 def test_all_problems_at_once():
+    """Every problem is listed, with its values and a hint."""
     cfg = TrainConfig(
         total_batch=1000, B=3, T=64, block_size=32, n_head=5, min_lr=1.0, warmup_steps=30000
     )
-    found = problems(cfg, 2)
+    wrong = problems(cfg, 2)
     for words in (
         "3 x 64 x 2",
         "T 64 exceeds block_size 32",
@@ -414,149 +334,318 @@ def test_all_problems_at_once():
         "min_lr 1",
         "warmup_steps 30000",
     ):
-        assert any(words in p for p in found), (words, found)
-    assert all("hint:" in p for p in found)
+        assert any(words in problem for problem in wrong), (words, wrong)
+    assert all("hint:" in problem for problem in wrong)
     assert len(problems(TrainConfig(B=0, T=-1, max_lr=0, block_size=1, min_lr=0), 1)) == 3
     assert problems(TrainConfig(block_size=1024, min_lr=6e-5), 4) == []
 
 
 @pytest.mark.parametrize(
-    "args,words",
+    "changes, words",
     [
-        (["gpt2-baseline", "--total_batch", "500"], ["total_batch 500", "hint: "]),
-        (
-            ["gpt2-baseline", "--total_batch", "500", "--data_root", "nowhere"],
-            ["total_batch 500", "no train shards"],
-        ),
-        (["gpt2-baseline", "--log_dir", "/proc"], ["cannot write", "hint: --log_dir"]),
-        (["gpt2-baseline", "--max_step", "5"], ["max_steps"]),
-        (
-            ["gpt2-baseline", "--T", "40000", "--total_batch", "40000", "--B", "1"],
-            ["fewer than a window"],
-        ),
-        (["gpt2-baseline", "--vocab_size", "128"], ["beyond vocab_size 128"]),
-        (["gpt2-baseline", "--resume", "nowhere"], ["no checkpoint in nowhere"]),
+        ("--total_batch 500", ["total_batch 500", "hint: "]),
+        ("--total_batch 500 --data_root nowhere", ["total_batch 500", "no train shards"]),
+        ("--log_dir /proc", ["cannot write", "hint: --log_dir"]),
+        ("--max_step 5", ["max_steps"]),
+        ("--T 40000 --total_batch 40000 --B 1", ["fewer than a window"]),
+        ("--vocab_size 128", ["beyond vocab_size 128"]),
+        ("--resume nowhere", ["no checkpoint in nowhere"]),
     ],
 )
-def test_user_errors_have_no_traceback(data, tmp_path, args, words):
-    defaults = [*TINY, "--data_root", str(data), "--log_dir", str(tmp_path), "--max_steps", "3"]
-    args = args + [
-        x for pair in zip(defaults[::2], defaults[1::2]) if pair[0] not in args for x in pair
-    ]
-    done = run("train_gpt2.py", *args)
+def test_user_errors_have_no_traceback(data, tmp_path, changes, words):
+    places = options("--data_root", data, "--log_dir", tmp_path)
+    command = options("train_gpt2.py gpt2-baseline --max_steps 3", *TINY, *places, changes)
+    done = run(*command)
     assert done.returncode == 2 and "Traceback" not in done.stderr and "error: " in done.stderr
     assert all(word in done.stderr for word in words), done.stderr
 
 
 def test_help_answers_at_once():
     """Within 3 seconds on any machine: torch is not even imported."""
-    t0 = time.perf_counter()
-    done = run("train_gpt2.py", "gpt2-rope", "--help")
-    assert done.returncode == 0 and time.perf_counter() - t0 < 3
-    assert "--total_batch" in done.stdout and "tokens in one optimiser step" in done.stdout
+    started = time.perf_counter()
+    done = run(*options("train_gpt2.py gpt2-rope --help"))
+    assert done.returncode == 0 and time.perf_counter() - started < 3
+    assert "--total_batch" in done.stdout and "tokens in one optimizer step" in done.stdout
 
 
 def test_training_needs_six_packages_only(data, tmp_path):
-    """torch, numpy, tiktoken, tqdm, tyro, safetensors: the others are made impossible to import."""
-    others = (
-        "wandb",
-        "datasets",
-        "transformers",
-        "modal",
-        "matplotlib",
-        "pyarrow",
-        "pandas",
-        "huggingface_hub",
+    """torch, numpy, tiktoken, tqdm, tyro, safetensors: the others cannot be imported here."""
+    others = options("wandb datasets transformers modal matplotlib pyarrow pandas huggingface_hub")
+    code = (
+        f"import runpy, sys; sys.modules.update(dict.fromkeys({others}));"
+        "runpy.run_path('train_gpt2.py', run_name='__main__')"
     )
-    code = f"import sys, runpy; sys.modules.update(dict.fromkeys({others!r})); runpy.run_path('train_gpt2.py', run_name='__main__')"
-    done = run(
-        "-c",
-        code,
-        "gpt2-swiglu",
-        *TINY,
-        "--data_root",
-        data,
-        "--log_dir",
-        tmp_path,
-        "--max_steps",
-        "2",
-    )
+    places = options("--data_root", data, "--log_dir", tmp_path)
+    done = run("-c", code, "gpt2-swiglu", *TINY, *places, *options("--max_steps 2"))
     assert done.returncode == 0, done.stderr
     assert "matplotlib is missing" in done.stdout
 
 
 def test_a_missing_compiler_is_one_line(data, tmp_path):
-    """Without g++ the run goes on uncompiled."""
-    args = [*TINY, "--data_root", data, "--log_dir", tmp_path, "--max_steps", "2"]
-    args[args.index("--use_compile") + 1] = "True"
-    done = run(
-        "train_gpt2.py",
-        "gpt2-rope",
-        *args,
-        env={"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")},
-    )
+    """Without g++ the run continues uncompiled."""
+    places = options("--data_root", data, "--log_dir", tmp_path)
+    changes = options("--max_steps 2 --use_compile True")
+    env = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = run(*options("train_gpt2.py gpt2-rope"), *TINY, *places, *changes, env=env)
     assert done.returncode == 0, done.stderr
     assert len([line for line in done.stdout.splitlines() if line.startswith("compile | off")]) == 1
 
 
+def test_a_missing_git_is_no_error(train, tmp_path, monkeypatch):
+    """A clone in a container without it: env.json then knows no commit."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    train("gpt2-rope --max_steps 1")
+    assert json.loads((tmp_path / "r" / "env.json").read_text())["commit"] == ""
+
+
 def test_dry_run_writes_nothing(train, tmp_path):
-    records, out = train("gpt2-rope", "--dry_run", "True")
+    _, out = train("gpt2-rope --dry_run True")
     assert not (tmp_path / "r").exists() and '"max_lr": 0.0018' in out
 
 
-# ---- memory --------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# from Python
+
+
+@pytest.fixture
+def tiny(data, tmp_path):
+    """tiny(run_name, **changes) returns the settings of a run of 20 steps, for train_gpt2.train."""
+
+    def settings(run_name="r", **changes):
+        places = dict(data_root=str(data), log_dir=str(tmp_path), run_name=run_name)
+        steps = dict(max_steps=20, save_interval=5, eval_interval=10, max_lr=1e-2)
+        return preset("gpt2-rope", **SMALL | places | steps | changes)
+
+    return settings
+
+
+def interrupt(step=None):
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def assert_same_weights(model, other):
+    """Compare two models bit for bit."""
+    expected = other.state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(t, expected[name]) for name, t in model.state_dict().items())
+
+
+def test_python_trains_what_the_command_trains(train, tiny, tmp_path):
+    """Losses, batches and weights, bit for bit, and the result says what the files say."""
+    steps = "--max_steps 20 --save_interval 5 --eval_interval 10 --max_lr 1e-2"
+    records, _ = train(f"gpt2-rope {steps} --batch_hashes True", name="command")
+    result = train_gpt2.train(tiny("python", batch_hashes=True))
+    assert decisive(result.records) == decisive(records)
+    assert result.records == read_metrics(tmp_path / "python")
+    finished = json.loads((tmp_path / "command" / "finished.json").read_text())
+    assert (result.step, result.val_loss) == (finished["step"], finished["val_loss"])
+    assert result.finished and result.step == 20
+    assert weights(tmp_path / "python") == weights(tmp_path / "command")
+    assert_same_weights(result.model, hf.load_checkpoint(checkpoint.find(tmp_path / "command")))
+
+
+def test_python_trains_twice_in_one_process(tiny, tmp_path):
+    """Two names are two equal runs; a finished run returns its result again, untouched."""
+    a, b = train_gpt2.train(tiny("a")), train_gpt2.train(tiny("b"))
+    assert decisive(a.records) == decisive(b.records)
+    before = files(tmp_path)
+    again = train_gpt2.train(tiny("a"))
+    assert again[1:] == a[1:]
+    assert_same_weights(again.model, a.model)
+    assert files(tmp_path) == before
+
+
+def test_python_trains_in_a_thread(tiny):
+    """Where Python allows no signal handlers."""
+    results = []
+    thread = threading.Thread(target=lambda: results.append(train_gpt2.train(tiny("thread"))))
+    thread.start()
+    thread.join()
+    assert decisive(results[0].records) == decisive(train_gpt2.train(tiny("main")).records)
+
+
+def global_state():
+    """Return what a run may change for the whole process, and has to give back."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    return {
+        "handlers": [signal.getsignal(number) for number in SIGNALS],
+        "threads": torch.get_num_threads(),
+        "precision": torch.get_float32_matmul_precision(),
+        "deterministic": (deterministic, warn_only),
+        "fill": torch.utils.deterministic.fill_uninitialized_memory,
+        "torch": torch.random.get_rng_state().tolist(),
+        "numpy": np.random.get_state()[1].tolist(),
+        "random": random.getstate(),
+        "grad": torch.is_grad_enabled(),
+        "backend": matplotlib.rcParams["backend"],
+    }
+
+
+def test_python_gets_its_settings_back(tiny, monkeypatch):
+    """Handlers, threads, precision, determinism, generators and the backend, after a whole run.
+
+    And after one that raises.
+    """
+    monkeypatch.setitem(matplotlib.rcParams, "backend", "svg")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        before = global_state()
+        samples = dict(vocab_size=50304, n_samples=1, sample_tokens=4)
+        train_gpt2.train(tiny(deterministic=True, max_steps=3, **samples))
+        assert global_state() == before
+        with pytest.raises(UserError):
+            train_gpt2.train(tiny(deterministic=True, max_lr=1e-3))
+        assert global_state() == before
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_python_interrupted_resumes(tiny, tmp_path, monkeypatch):
+    """An interrupt saves a checkpoint and returns; the same call resumes, to the same losses."""
+    whole = train_gpt2.train(tiny("whole"))
+    # a shell's background job would ignore it
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.default_int_handler)
+    with at_step(interrupt, only=7):
+        result = train_gpt2.train(tiny("parts"))
+    assert (result.step, result.finished) == (7, False)
+    assert decisive(result.records)["train"] == decisive(whole.records)["train"][:7]
+    assert checkpoint.steps(tmp_path / "parts" / "ckpt")[-1].name == "step_000007"
+    result = train_gpt2.train(tiny("parts"))
+    assert (result.step, result.finished) == (20, True)
+    assert decisive(result.records) == decisive(whole.records)
+    assert_same_weights(result.model, whole.model)
+
+
+def test_python_interrupted_before_the_first_step(tiny, tmp_path, monkeypatch):
+    """There is nothing to save: it raises Stopped; the same call begins anew.
+
+    Though the exception is still there, as in a notebook.
+    """
+    forward = GPT.forward
+
+    def interrupted(*args):
+        interrupt()
+        return forward(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(signal, "getsignal", lambda number: signal.default_int_handler)
+        patch.setattr(GPT, "forward", interrupted)
+        with pytest.raises(Stopped) as exception:
+            train_gpt2.train(tiny())
+    assert checkpoint.steps(tmp_path / "r" / "ckpt") == []
+    assert train_gpt2.train(tiny()).finished and exception
+
+
+TWICE = """
+import os, signal, sys
+sys.path[:0] = [{tests!r}, {root!r}]
+import train_gpt2
+from config import TrainConfig
+from conftest import at_step
+
+def interrupt_twice(step):
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+
+cfg = {cfg!r}
+signal.signal(signal.SIGINT, signal.default_int_handler)
+error = None
+try:
+    with at_step(interrupt_twice, only=7):
+        train_gpt2.train(cfg)
+except KeyboardInterrupt as e:
+    error = e  # a notebook keeps it, too
+    print("KeyboardInterrupt")
+assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+print("finished:", train_gpt2.train(cfg).finished)
+"""
+
+
+def test_python_interrupted_twice_ends_at_once(tiny, tmp_path):
+    """The second Ctrl-C raises KeyboardInterrupt and kills nothing: the same call resumes."""
+    script = tmp_path / "twice.py"
+    script.write_text(TWICE.format(tests=str(ROOT / "tests"), root=str(ROOT), cfg=tiny()))
+    done = run(script)
+    assert done.returncode == 0, done.stderr
+    assert "KeyboardInterrupt" in done.stdout and "finished: True" in done.stdout
+    assert "resume | step 5" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(total_batch=500), "total_batch 500 .*hint: "),
+        (dict(data_root="nowhere"), "no train shards"),
+        (dict(T=40000, total_batch=40000, B=1, block_size=40000), "fewer than a window"),
+        (dict(vocab_size=128), "beyond vocab_size 128"),
+        (dict(max_step=3), "max_steps"),
+    ],
+)
+def test_python_mistakes_are_user_errors(tiny, changes, words):
+    """Nothing exits the interpreter."""
+    with pytest.raises(UserError, match=words):
+        train_gpt2.train(tiny(**changes))
+
+
+def test_python_mistakes_leave_the_run_free(tiny, monkeypatch):
+    """After an error in the middle of a run the same call resumes, the exception still in hand."""
+
+    def fail(step):
+        raise RuntimeError("DefaultCPUAllocator: not enough memory")
+
+    with at_step(fail, only=7):
+        with pytest.raises(UserError, match="out of memory with --B 4") as exception:
+            train_gpt2.train(tiny())
+    assert train_gpt2.train(tiny(B=2)).finished and exception
+
+
+# --------------------------------------------------------------------------------------------------
+# memory
 
 LIMITED = """
 import re, resource, sys
 sys.path.insert(0, {root!r})
-import config, matplotlib.pyplot, torch._dynamo, train_gpt2
+import matplotlib.pyplot, torch._dynamo, train_gpt2
 from pathlib import Path
-held = 1024 * int(re.search(r"VmData:\\s+(\\d+)", Path("/proc/self/status").read_text()).group(1))
-resource.setrlimit(resource.RLIMIT_DATA, (held + {more}, -1)) if {more} else None
-config.command_line(train_gpt2.main)
+from runtime.command_line import run_script
+
+status = Path("/proc/self/status").read_text()
+in_use = 1024 * int(re.search(r"VmData:\\s+(\\d+)", status).group(1))
+if {more}:
+    resource.setrlimit(resource.RLIMIT_DATA, (in_use + {more}, -1))
+run_script(train_gpt2.main)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA")
 @pytest.mark.slow
 def test_auto_takes_the_largest_micro_batch_that_fits(tmp_path):
-    """Under a memory limit a smaller one, with the same losses; one that is given and does not fit: one line, with the way out."""
+    """Under a memory limit B auto takes a smaller one, with the same losses.
+
+    One that is given and does not fit is refused in one line, with a hint.
+    """
     data = write_shards(tmp_path / "data", {"train": [6000], "val": [2000]})
-    losses, B = {}, {}
+    size = "--vocab_size 50304 --T 128 --total_batch 2048 --max_steps 3"
+
+    def limited(more, *changes):
+        script = tmp_path / "limited.py"
+        script.write_text(LIMITED.format(root=str(ROOT), more=more))
+        places = options("--data_root", data, "--log_dir", tmp_path / str(more), "--run_name r")
+        return run(script, "gpt2-rope", *TINY, *options(size), *places, *options(*changes))
+
+    losses_of, B = {}, {}
     for more in (0, 1_200_000_000):
-        (tmp_path / "go.py").write_text(LIMITED.format(root=str(ROOT), more=more))
-        args = [
-            *TINY,
-            "--data_root",
-            data,
-            "--log_dir",
-            tmp_path / str(more),
-            "--max_steps",
-            "3",
-            "--run_name",
-            "r",
-        ]
-        args[args.index("--vocab_size") + 1], args[args.index("--B") + 1] = "50304", "auto"
-        args[args.index("--T") + 1], args[args.index("--total_batch") + 1] = "128", "2048"
-        done = run(tmp_path / "go.py", "gpt2-rope", *args)
+        done = limited(more, "--B auto")
         assert done.returncode == 0, done.stdout + done.stderr
-        B[more] = json.loads((tmp_path / str(more) / "r" / "config.json").read_text())["B"]
+        run_dir = tmp_path / str(more) / "r"
+        B[more] = json.loads((run_dir / "config.json").read_text())["B"]
         assert f"B = {B[more]} is the largest" in done.stdout
-        records = [
-            json.loads(line)
-            for line in (tmp_path / str(more) / "r" / "metrics.jsonl").read_text().splitlines()
-        ]
-        losses[more] = [r["train/loss"] for r in records if "train/loss" in r]
+        losses_of[more] = losses(read_metrics(run_dir))
     assert B[0] == 16 and B[1_200_000_000] in (2, 4, 8)
-    assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1_200_000_000], abs=1e-5)
-    args[args.index("--B") + 1] = "16"
-    (tmp_path / "go.py").write_text(LIMITED.format(root=str(ROOT), more=600_000_000))
-    done = run(
-        tmp_path / "go.py", "gpt2-rope", *args, "--resume", "never", "--log_dir", tmp_path / "given"
-    )
-    assert (
-        done.returncode == 2
-        and "error: out of memory with --B 16 --T 128" in done.stderr
-        and "hint: a smaller --B or --B auto" in done.stderr
-    )
-    assert "Traceback" not in done.stderr
+    assert len(losses_of[0]) == 3
+    assert losses_of[0] == pytest.approx(losses_of[1_200_000_000], abs=1e-5)
+    done = limited(600_000_000, "--B 16")
+    assert done.returncode == 2 and "error: out of memory with --B 16 --T 128" in done.stderr
+    assert "hint: a smaller --B or --B auto" in done.stderr and "Traceback" not in done.stderr
