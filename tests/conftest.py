@@ -216,6 +216,11 @@ def decisive(records: list[dict]) -> dict[str, list[tuple]]:
     return {"train": train, "val": val}
 
 
+def files(folder: Path) -> dict[Path, bytes]:
+    """Return the content of every file in a folder, to see later that nothing was touched."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def weights(run_dir: Path, step: int | None = None) -> dict[str, str]:
     """Return the SHA-256 of the weights and of the optimizer's moments at a step; or the newest."""
     from runtime import checkpoint

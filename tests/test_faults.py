@@ -27,6 +27,7 @@ from conftest import (
     TINY,
     at_step,
     decisive,
+    files,
     options,
     poisoned,
     python,
@@ -108,7 +109,7 @@ def saved_steps(run_dir: Path) -> list[int]:
     return [checkpoint.step_of(path) for path in checkpoint.steps(run_dir / "ckpt")]
 
 
-def begun(whole: Path, run_dir: Path, step: int) -> Path:
+def crashed_copy(whole: Path, run_dir: Path, step: int) -> Path:
     """Copy a run as a crash leaves it: its checkpoint at `step`, and some lines of log beyond."""
     name = f"step_{step:06d}"
     shutil.copytree(whole / "ckpt" / name, run_dir / "ckpt" / name)
@@ -118,11 +119,7 @@ def begun(whole: Path, run_dir: Path, step: int) -> Path:
     return run_dir
 
 
-def files(folder: Path) -> dict:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def send(number: int, _step: int = 0):
+def send(number: int, step: int | None = None):
     """Send this process a signal."""
     os.kill(os.getpid(), number)
 
@@ -135,12 +132,14 @@ def send(number: int, _step: int = 0):
 def test_resume_at_every_step(whole, train, tmp_path):
     """60 of 60: everything equals the uninterrupted run."""
     for step in range(1, 60):
-        run_dir = begun(whole, tmp_path / f"r{step}", step)
+        run_dir = crashed_copy(whole, tmp_path / f"r{step}", step)
         status, out = train(run_dir.name)
         assert status == 0 and f"resume | step {step} from" in out
         assert_equal(run_dir, whole)
         shutil.rmtree(run_dir)
-    run_dir = begun(whole, tmp_path / "r60", 59)  # and at 60: done but for the last evaluation
+    run_dir = crashed_copy(
+        whole, tmp_path / "r60", 59
+    )  # and at 60: done but for the last evaluation
     shutil.copytree(whole / "ckpt" / "step_000060", run_dir / "ckpt" / "step_000060")
     shutil.copy(whole / "metrics.jsonl", run_dir)
     assert train("r60")[0] == 0
@@ -156,7 +155,7 @@ def test_without_a_moment_it_would_differ(whole, train, tmp_path, monkeypatch):
         next(iter(optimizer.state.values()))["exp_avg"].zero_()
 
     monkeypatch.setattr(checkpoint, "restore", forgetful)
-    run_dir = begun(whole, tmp_path / "r", 31)
+    run_dir = crashed_copy(whole, tmp_path / "r", 31)
     assert train("r")[0] == 0
     assert weights(run_dir) != weights(whole) and records(run_dir) != records(whole)
 
@@ -169,7 +168,7 @@ def test_with_the_next_batch_it_would_differ(whole, train, tmp_path, monkeypatch
         return loader(windows, total_batch, B, world, start_step + 1, *more)
 
     monkeypatch.setattr(shards, "Loader", shifted)
-    run_dir = begun(whole, tmp_path / "r", 31)
+    run_dir = crashed_copy(whole, tmp_path / "r", 31)
     assert train("r")[0] == 0
     assert weights(run_dir) != weights(whole) and records(run_dir) != records(whole)
 
@@ -255,7 +254,7 @@ def test_compiled_on_two_threads_it_resumes_exactly(command, launch, tmp_path):
         process.join()
         assert process.exitcode == 0, output.read_text()
         if name == "whole":
-            begun(tmp_path / "whole", tmp_path / "parts", 6)
+            crashed_copy(tmp_path / "whole", tmp_path / "parts", 6)
     assert "resume | step 6" in (tmp_path / "parts.txt").read_text()
     assert_equal(tmp_path / "parts", tmp_path / "whole")
 
@@ -282,7 +281,8 @@ def test_ended_ten_times_at_random_moments(whole, command, launch, tmp_path, how
     rng = random.Random(how)
     output = tmp_path / "out.txt"
     changes = options("--log_dir", tmp_path, "--run_name r --save_interval 2")
-    ended, process = 0, None
+    ended = 0
+    process = None
     while process is None or process.exitcode != 0:
         seen = output.stat().st_size if output.exists() else 0
         process = launch([*command, *changes], output)
@@ -362,7 +362,7 @@ def test_one_two_four_and_one_rank(command, tmp_path):
         ("last", "four", 15, 0),
     ):
         if source:
-            begun(tmp_path / source, tmp_path / name, step)
+            crashed_copy(tmp_path / source, tmp_path / name, step)
         done = run(*words, "--run_name", name, nproc=nproc)
         assert done.returncode == 0, done.stderr
         assert not source or f"resume | step {step}" in done.stdout
@@ -534,7 +534,7 @@ def test_a_hundred_corruptions_are_all_noticed(whole, tmp_path, capsys):
 
 def test_bad_checkpoints_are_skipped_and_kept(whole, train, tmp_path):
     """Damaged, foreign, half-written: none of them is deleted, the newest valid one is resumed."""
-    run_dir = begun(whole, tmp_path / "r", 31)
+    run_dir = crashed_copy(whole, tmp_path / "r", 31)
     ckpt = run_dir / "ckpt"
     train("foreign", "--max_lr 1e-3 --max_steps 59 --save_interval 59")
     shutil.copytree(tmp_path / "foreign" / "ckpt" / "step_000059", ckpt / "step_000059")
@@ -554,7 +554,7 @@ def test_bad_checkpoints_are_skipped_and_kept(whole, train, tmp_path):
 
 def test_no_silent_start_from_scratch(whole, train, tmp_path):
     """All checkpoints damaged, all gone, an older one asked for: an error, nothing is touched."""
-    run_dir = begun(whole, tmp_path / "r", 31)
+    run_dir = crashed_copy(whole, tmp_path / "r", 31)
     shutil.copy(whole / "config.json", run_dir)
     named = run_dir / "ckpt" / "step_000031"
 
@@ -814,7 +814,7 @@ def test_a_shard_that_goes_bad_is_named(whole, root, train, tmp_path, how, words
 
 
 def test_other_data_are_refused_unless_accepted(whole, root, train, tmp_path):
-    begun(whole, tmp_path / "r", 12)
+    crashed_copy(whole, tmp_path / "r", 12)
     spoil(root / "data_train_000001.npy", "replaced")
     words = "is not the data this run began with.*--accept_new_data"
     with pytest.raises(UserError, match=words):

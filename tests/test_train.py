@@ -13,7 +13,18 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, TINY, at_step, decisive, options, run, weights, write_shards
+from conftest import (
+    ROOT,
+    SMALL,
+    TINY,
+    at_step,
+    decisive,
+    files,
+    options,
+    run,
+    weights,
+    write_shards,
+)
 
 import hf
 import train_gpt2
@@ -55,10 +66,6 @@ def losses(records):
 
 def val_losses(records):
     return [r["val/loss"] for r in records if "val/loss" in r]
-
-
-def files(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # --------------------------------------------------------------------------------------------------
