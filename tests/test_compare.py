@@ -147,7 +147,7 @@ def test_each_run_is_told_whether_it_is_in_the_band_of_a_reference(make, tmp_pat
         "above leaves the band of ref at step 15, above it: val loss 6.4375, expected 6.2500 ± 2%; "
         "outside at 2 of 4 evaluations; other settings: "
     )
-    assert "max_lr 0.0006 -> 0.0018" in lines[1] and "data_order sequential" in lines[1]
+    assert "max_lr 0.0006 -> 0.0015" in lines[1] and "data_order sequential" in lines[1]
     assert "at step 5, below it (better): val loss 8.5000, expected 8.7500" in lines[2]
     assert "other settings: none" in lines[2]
     assert "nan leaves the band of ref at step 5, no longer a number: val loss nan" in lines[3]

@@ -2,8 +2,6 @@
 
 import re
 import shlex
-import shutil
-import subprocess
 
 import pytest
 from conftest import ROOT, run
@@ -37,22 +35,6 @@ def test_the_two_commands_stand_first():
         "pip install -r requirements.txt && python train_gpt2.py",
         "pip install -r requirements.txt && python -m pytest",
     ]
-
-
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory):
-    """The tracked files alone, as after `git clone`."""
-    folder = tmp_path_factory.mktemp("clone") / "repo"
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-    if listed.returncode:
-        ignored = shutil.ignore_patterns("log", "shakespeare", ".git")
-        shutil.copytree(ROOT, folder, ignore=ignored)
-        return folder
-    for name in listed.stdout.splitlines():
-        if (ROOT / name).exists():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
-    return folder
 
 
 def test_the_main_job_and_what_comes_after(clone):

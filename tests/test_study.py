@@ -100,7 +100,7 @@ def test_a_run_that_fails_ends_the_study(tmp_path):
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     *_, of_the_run, of_the_study = done.stderr.splitlines()
     assert of_the_run.startswith("error: no train shards")
-    assert of_the_study.startswith("error: gpt2-rope-0.0018-seed1 ended with status 2; hint: ")
+    assert of_the_study.startswith("error: gpt2-rope-0.0015-seed1 ended with status 2; hint: ")
 
 
 def losses(run_dir) -> dict[int, float]:
@@ -117,7 +117,7 @@ def test_a_stopped_study_resumes_and_skips_what_is_finished(tmp_path):
     log = tmp_path / "log"
     argv = ["study.py", "gpt2-rope", "--seeds", 2, "--scale", "full", "--max_steps", 200]
     argv += ["--data_root", data, "--log_dir", log, "--", *TINY]
-    first, second = (log / f"gpt2-rope-0.0018-seed{seed}" for seed in (1, 2))
+    first, second = (log / f"gpt2-rope-0.0015-seed{seed}" for seed in (1, 2))
     with open(tmp_path / "output", "w") as output:
         study = subprocess.Popen(
             [sys.executable, *map(str, argv)],

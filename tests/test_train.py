@@ -28,8 +28,9 @@ from conftest import (
 
 import hf
 import train_gpt2
-from config import PRESETS, TrainConfig, from_command_line, preset, problems
+from config import PRESETS, TrainConfig, from_command_line, preset
 from model import GPT
+from preflight import problems
 from runtime import checkpoint
 from runtime.command_line import UserError
 from runtime.runlog import read_metrics
@@ -288,9 +289,9 @@ def test_published_settings():
     assert [(p.max_lr, p.warmup_steps, p.data_order) for p in published.values()] == [
         (6e-4, 715, "sequential"),  # baseline
         (6e-4, 715, "documents"),  # periodicity-fix
-        (1.8e-3, 285, "documents"),  # lr-inc
-        (1.8e-3, 285, "global"),  # global-datafix
-        (1.8e-3, 285, "global"),  # rope
+        (1.5e-3, 300, "documents"),  # lr-inc
+        (1.5e-3, 300, "global"),  # global-datafix
+        (1.5e-3, 300, "global"),  # rope
         (1.5e-3, 300, "global"),  # swiglu
     ]
     assert [p.use_rope for p in published.values()] == [False] * 4 + [True] * 2
@@ -308,7 +309,7 @@ def test_command_line():
     cfg, _ = from_command_line(argv)
     assert (cfg.max_steps, cfg.warmup_steps, cfg.block_size) == (100, 1, 1024)
     assert cfg.use_compile is False and cfg.betas == (0.8, 0.9)
-    assert cfg.min_lr == pytest.approx(1.8e-4)
+    assert cfg.min_lr == pytest.approx(1.5e-4)
     cfg, _ = from_command_line(options("gpt2-rope --max_lr 1e-3"))
     assert cfg.min_lr == pytest.approx(1e-4)
     cfg, _ = from_command_line(options("gpt2-rope --max_steps 100 --warmup_steps 100"))
@@ -407,7 +408,7 @@ def test_a_missing_git_is_no_error(train, tmp_path, monkeypatch):
 
 def test_dry_run_writes_nothing(train, tmp_path):
     _, out = train("gpt2-rope --dry_run True")
-    assert not (tmp_path / "r").exists() and '"max_lr": 0.0018' in out
+    assert not (tmp_path / "r").exists() and "max_lr 0.0015" in out
 
 
 # --------------------------------------------------------------------------------------------------
