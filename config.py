@@ -224,10 +224,10 @@ PRESETS: dict[str, tuple[str | None, dict]] = {
     # Gated MLP, hidden 2,048, with biases. Published: 3.0311, 0.3175 (stopped at about 15K of
     # 19,073 steps)
     "gpt2-swiglu": ("gpt2-rope", dict(use_swiglu=True)),
-    # What the speed records on GPT-2 kept. The rates are by number those of modded-nanogpt's readable
-    # script, which reaches GPT-2's loss with 1.7B tokens of FineWeb (3,250 steps); there the loss is a
-    # sum, Newton-Schulz takes other steps, and momentum warm-up and architecture differ. Not yet
-    # measured; for 4 x 80 GB
+    # What the speed records on GPT-2 kept. The rates are by number those of modded-nanogpt's
+    # readable script, which reaches GPT-2's loss with 1.7B tokens of FineWeb (3,250 steps); there
+    # the loss is a sum, Newton-Schulz takes other steps, and momentum warm-up and architecture
+    # differ. Not yet measured; for 4 x 80 GB
     "gpt2-modern": (
         "gpt2-global-datafix",
         dict(

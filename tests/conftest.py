@@ -49,7 +49,7 @@ def clone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clone") / "repo"
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
-        ignored = shutil.ignore_patterns("log", "input.txt", "shakespeare", ".git")
+        ignored = shutil.ignore_patterns("log", "shakespeare", ".git")
         shutil.copytree(ROOT, folder, ignore=ignored)
         return folder
     for name in listed.stdout.splitlines():

@@ -18,7 +18,6 @@ import nbformat
 import numpy as np
 import pytest
 from conftest import ROOT
-from test_readme import clone  # noqa: F401, a fixture: the tracked files alone
 
 from compare import COLOURS
 
@@ -94,7 +93,7 @@ def test_a_notebook_holds_one_clean_run(name):
 @pytest.mark.parametrize(
     "name", [n for n in NOTEBOOKS if n != "load-hf-gpt2.ipynb"]
 )  # test_hf.py runs that one
-def test_a_notebook_runs_and_its_outputs_are_those_of_the_run(name, clone, monkeypatch):  # noqa: F811
+def test_a_notebook_runs_and_its_outputs_are_those_of_the_run(name, clone, monkeypatch):
     """From a fresh kernel, in a copy that holds the tracked files alone, without a network."""
     if not (clone / "log" / "reference").exists():  # the copy of a tree without git
         shutil.copytree(ROOT / "log" / "reference", clone / "log" / "reference")
