@@ -402,4 +402,9 @@ def differences(cfg: TrainConfig, stored: dict) -> str:
     if cfg.epochs is not None and cfg.epochs == old["epochs"]:
         free |= {"max_steps", "warmup_steps"}  # computed from the epochs
     changed = [key for key in new if key not in free and old[key] != new[key]]
-    return ", ".join(f"{key} {old[key]} -> {new[key]}" for key in changed)
+    return ", ".join(f"{key} {shown(old[key])} -> {shown(new[key])}" for key in changed)
+
+
+def shown(value) -> str:
+    """Return a setting as a message shows it: 0.1 * 1.5e-3 as 0.00015."""
+    return f"{value:.10g}" if isinstance(value, float) else str(value)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 import shards
-from config import TrainConfig, as_listed, as_stored, fit_warmup
+from config import TrainConfig, as_listed, as_stored, fit_warmup, shown
 from model import GPT
 from runtime.command_line import UserError, say
 from runtime.device import Compute, autocast_dtype, peak_flops
@@ -129,7 +129,7 @@ def print_plan(cfg: TrainConfig, model: GPT, world: World):
     """Print what a run would take: tokens, operations, memory, disk and time, as estimates."""
     defaults = as_stored(TrainConfig())
     changed = {k: v for k, v in as_stored(cfg).items() if v != defaults[k] and k != "dry_run"}
-    say(f"plan | settings: {', '.join(f'{k} {v!r}' for k, v in changed.items())}")
+    say(f"plan | settings: {', '.join(f'{k} {shown(v)}' for k, v in changed.items())}")
     tokens = cfg.max_steps * cfg.total_batch
     flops = tokens * model.flops_per_token(cfg.T)
     say(

@@ -57,6 +57,8 @@ class Study:
 
 def commands(study: Study, more: list[str]) -> list[list[str]]:
     """Return train_gpt2.py's arguments for each run. Raises UserError for wrong settings."""
+    from preflight import problems  # imports torch
+
     if not study.presets or study.seeds < 1:
         raise UserError(
             f"{len(study.presets)} presets and {study.seeds} seeds make no run; "
@@ -70,7 +72,7 @@ def commands(study: Study, more: list[str]) -> list[list[str]]:
                 for name, value in run_settings(study, preset, max_lr, seed).items():
                     argv += [f"--{name}", str(value)]
                 cfg, _ = config.from_command_line(argv + more)
-                wrong = config.problems(cfg, world_size=1)
+                wrong = problems(cfg, world_size=1)
                 if wrong:
                     raise UserError(f"{cfg.run_name}: {'; '.join(wrong)}")
                 argvs.append(argv + more)

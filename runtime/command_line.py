@@ -106,15 +106,18 @@ def option_types(what) -> dict[str, object]:
 
     Fields that are dataclasses themselves count as groups of options.
     """
-    if not dataclasses.is_dataclass(what):
-        return {p.name: p.annotation for p in inspect.signature(what).parameters.values()}
+    if dataclasses.is_dataclass(what):
+        annotations = {field.name: field.type for field in dataclasses.fields(what)}
+    else:
+        parameters = inspect.signature(what).parameters.values()
+        annotations = {parameter.name: parameter.annotation for parameter in parameters}
     types = {}
-    for field in dataclasses.fields(what):
-        group = typing.get_args(field.type)[:1]  # of Annotated
+    for name, annotation in annotations.items():
+        group = typing.get_args(annotation)[:1]  # of Annotated
         if group and dataclasses.is_dataclass(group[0]):
             types |= option_types(group[0])
         else:
-            types[field.name] = field.type
+            types[name] = annotation
     return types
 
 

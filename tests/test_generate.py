@@ -330,7 +330,7 @@ def test_without_packing_bfloat16_is_torchs_and_int8_an_error(monkeypatch):
     def no_compiler(source):
         raise KernelError("no g++")
 
-    monkeypatch.setattr(packed, "load", no_compiler)
+    monkeypatch.setattr(packed, "load_library", no_compiler)
     assert generate.to_dtype(make_model(), "bfloat16", CPU)(ids).dtype == torch.bfloat16
     with pytest.raises(UserError, match=r"no g\+\+.*; hint"):
         generate.to_dtype(make_model(), "int8", CPU)
@@ -457,7 +457,7 @@ def test_mistakes_are_one_line(run_dir, tmp_path, monkeypatch, capsys):
         (["--prompt", "a"], "no run with a checkpoint in log/"),
         (["--model", "nowhere", *hello], "'nowhere' is neither a folder nor a name"),
         (["--model", "foreign.pt", *hello], "no checkpoint in foreign.pt"),
-        (["--model", tmp_path, *hello], "no checkpoint in"),
+        (["--model", tmp_path, *hello], "holds foreign.pt but no model.safetensors"),
         (["--model", "cut", *hello], "no valid checkpoint in cut/ckpt"),
         (["--model", "cut/ckpt/step_000003", *hello], "model.safetensors is damaged"),
         (["--model", "hf", *hello], "model.safetensors cannot be read"),

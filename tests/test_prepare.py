@@ -934,7 +934,7 @@ def test_an_unfinished_directory_is_reported_by_audit(source, tmp_path):
     manifest = tmp_path / "out" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"complete": true', '"complete": false'))
     options = ("--T", 32, "--B", 1, "--total_batch", 32, "--max_steps", 10)
-    done = run("shards.py", "audit", tmp_path / "out", *options)
+    done = run("audit.py", tmp_path / "out", *options)
     assert done.returncode == 1 and "wrong: " in done.stdout and "not complete" in done.stdout
 
 
