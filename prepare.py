@@ -2,13 +2,12 @@
 
     python prepare.py shakespeare                                 the default of train_gpt2.py
     python prepare.py files book.txt more.jsonl.gz --out data/my  .txt, .jsonl (also .gz), .parquet
-    python prepare.py download fineweb10B --out data/fw --files 9     ready-made shards, 0.2 GB each
     python prepare.py fineweb-edu --sample 10BT --out data/fineweb-edu-10BT    data of the presets
 
 A directory of shards holds NAME_train_NNNNNN.npy, NAME_val_NNNNNN.npy and manifest.json (what is in
 them, from what). Other shards are never overwritten. `shakespeare` and `files` write to a temporary
 directory and move everything into place at the end; a run that was killed leaves a writing-*.tmp
-behind, which can be deleted. `download` and `fineweb-edu` list files in manifest.json one by one:
+behind, which can be deleted. `fineweb-edu` lists its input files in manifest.json one by one:
 training can start on the first ones, and the same command again resumes after the last whole file.
 
 Texts are tokenized in threads of one process, one per core, because tiktoken releases the GIL. They
@@ -42,10 +41,8 @@ from runtime.files import sha256
 from shard_files import (
     ShardWriter,
     is_whole,
-    open_shard,
     read_manifest,
     refuse_occupied,
-    scan,
     shard_names,
     write_manifest,
 )
@@ -56,19 +53,6 @@ INPUT = Path(__file__).parent / "data" / "input.txt"
 SHARD_TOKENS = 100_000_000
 ENDINGS = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 IN_FLIGHT = 1 << 23  # characters handed to the threads whose tokens are not written yet
-# Repositories of ready-made shards: commit (its files never change) and the names of the files.
-READY_MADE = {
-    "fineweb-edu-100B": (
-        "karpathy/fineweb-edu-100B-gpt2-token-shards",
-        "a33f75d78c7f74236fb03754ec1eb3cc77507d64",
-        "edu_fineweb_{}_{:06d}.bin",
-    ),
-    "fineweb10B": (
-        "kjj0/fineweb10B-gpt2",
-        "889765ea1f903759787add96995d81171b632d0c",
-        "fineweb_{}_{:06d}.bin",
-    ),
-}
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 # There sample-10BT has 14 files, 28.5 GB, 9,672,101 documents by others' listings; not fetched yet.
 FINEWEB_COMMIT = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
@@ -237,85 +221,7 @@ def cut_text(text: str, val_share: float) -> tuple[str, str]:
 
 
 # --------------------------------------------------------------------------------------------------
-# ready-made shards
-
-
-def download(
-    name: tyro.conf.Positional[Literal["fineweb-edu-100B", "fineweb10B"]],
-    out: str,
-    files: int = 10,
-    revision: str = "",
-):
-    """Download shards of GPT-2 tokens: the validation file, then the first training files.
-
-    Each is checked (hash, header) and listed in manifest.json before the next one begins: training
-    can start on the first. The same command again resumes after the last whole file; with more
-    --files it adds the next ones. Their validation text is not that of the presets: losses do not
-    compare.
-
-    Args:
-        name: FineWeb-Edu, 100B tokens in about 1,000 files, or FineWeb, 10B tokens in 103 files
-        out: directory for the shards
-        files: training files, 100M tokens and 0.2 GB each
-        revision: commit of the repository; a fixed one unless given
-    """
-    repository, commit, pattern = READY_MADE[name]
-    if files < 1:
-        raise UserError(f"files is {files}, must be above 0; hint: --files 10")
-    manifest = read_manifest(out)
-    old = (manifest.get("sources") or [{}])[0]
-    same = old.get("name") == repository and revision in ("", "main", old.get("revision"))
-    if manifest and not same:
-        raise UserError(
-            f"{out} holds shards of {old.get('name')}, revision {old.get('revision')}; "
-            "hint: another --out"
-        )
-    if not manifest:
-        refuse_occupied(out)
-    records = {r["file"]: r for r in manifest.get("shards", ()) if is_whole(out, r)}
-    needed = [pattern.format("val", 0), *(pattern.format("train", i + 1) for i in range(files))]
-    if manifest.get("complete") and records.keys() >= set(needed):
-        print(f"{out}: already there, {summary(list(records.values()))}")
-        return
-    revision, listed = list_repository(repository, old.get("revision") or revision or commit)
-    hashes = {file["name"]: file["sha256"] for file in listed}
-    absent = [file for file in needed if file not in hashes]
-    if absent:
-        raise UserError(f"{repository} has no {absent[0]}; hint: --files {files - len(absent)}")
-    note = "its validation text is not that of the presets: losses do not compare"
-    source = dict(name=repository, revision=revision, note=note)
-    with writing(out):
-        os.makedirs(out, exist_ok=True)
-        for file in needed:
-            write_manifest(out, list(records.values()), [source], complete=False)
-            if file not in records:
-                records[file] = fetch_shard(repository, revision, file, hashes[file], out)
-        write_manifest(out, list(records.values()), [source], complete=True)
-        shutil.rmtree(os.path.join(out, ".cache"), ignore_errors=True)  # huggingface_hub's
-    print(f"{out}: {summary(list(records.values()))}; {note}")
-
-
-def fetch_shard(repository: str, revision: str, file: str, expected: str | None, out: str) -> dict:
-    """Download a shard unless it is in out, check it, and return its entry of the manifest."""
-    path = os.path.join(out, file)
-    if not os.path.exists(path):
-        download_file(repository, revision, file, out)
-    try:
-        shard = open_shard(path)
-        contents = scan(shard)
-        if expected and contents.sha256 != expected:
-            raise ValueError(
-                f"its SHA-256 is {contents.sha256[:12]}..., the hub's {expected[:12]}..."
-            )
-    except ValueError as e:
-        raise UserError(f"{path}: {e}; hint: remove it, then run this again") from e
-    return dict(
-        file=file,
-        split="val" if "_val_" in file else "train",
-        tokens=shard.tokens,
-        documents=contents.documents,
-        sha256=contents.sha256,
-    )
+# the Hugging Face hub
 
 
 def list_repository(repository: str, revision: str) -> tuple[str, list[dict]]:
@@ -778,7 +684,6 @@ def summary(records: list[dict]) -> str:
 COMMANDS = {
     "shakespeare": shakespeare,
     "files": files,
-    "download": download,
     "fineweb-edu": fineweb_edu,
 }
 

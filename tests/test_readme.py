@@ -118,7 +118,7 @@ SCRIPTS = (
 def help_texts():
     """What `--help` says, by script; subcommands of prepare.py and hf.py included."""
     subcommands = {
-        "prepare.py": ("shakespeare", "files", "download", "fineweb-edu"),
+        "prepare.py": ("shakespeare", "files", "fineweb-edu"),
         "hf.py": ("import", "export"),
     }
     texts = {}

@@ -168,6 +168,18 @@ def handlers() -> list:
     return [signal.getsignal(number) for number in SIGNALS]
 
 
+@pytest.fixture(autouse=True)
+def default_signals():
+    """Python's own handlers: under nohup, or in the background of a shell, some are ignored."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def stop(monkeypatch):
     """A Stop of one process; the handlers are given back at the end."""
