@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 import typing
 from collections.abc import Callable, Iterable
 from typing import Literal
@@ -25,10 +26,13 @@ def one_line(e: BaseException) -> str:
 
 
 def near(word: str, words: Iterable[str]) -> str:
-    """Suggest the names closest to a mistyped one, or list all of them when none is close."""
+    """Suggest the names closest to a mistyped one; when none is close, list them unless many."""
+    words = list(words)
     close = difflib.get_close_matches(word, words, n=3)
     if close:
         return f"did you mean {' or '.join(close)}?"
+    if len(words) > 20:
+        return "no name is close to it"
     return f"one of {', '.join(words)}"
 
 
@@ -56,16 +60,31 @@ def run_script(main: Callable[[], None]):
         print(f"error{where}: {e}", file=sys.stderr, flush=True)
         if rank == "0":
             repeat_after_torchrun(f"error: {e}")
+        else:
+            time.sleep(1)  # torchrun ends the others once one has ended: rank 0 is to report first
         sys.exit(2)
 
 
+REPEAT = r"""
+for i in $(seq 600); do
+    kill -0 "$1" 2>/dev/null || break
+    grep -qs "^State:.Z" "/proc/$1/status" && break
+    sleep 0.1
+done
+printf "\n%s\n" "$2" >&2
+"""
+
+
 def repeat_after_torchrun(message: str):
-    """Print a message again after torchrun has ended: its own report is 40 lines long."""
+    """Print a message again after torchrun has ended: its own report is 40 lines long.
+
+    A shell waits for that in the background, for 60 s at most. torchrun may stay a zombie until its
+    parent has read the last output, which this shell holds open: a zombie counts as ended.
+    """
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT")
     if restarts is None or restarts != os.environ.get("TORCHELASTIC_MAX_RESTARTS"):
         return  # not under torchrun, or it will try again
-    wait = 'while kill -0 "$1" 2>/dev/null; do sleep 0.1; done; printf "\\n%s\\n" "$2" >&2'
-    command = ["sh", "-c", wait, "sh", str(os.getppid()), message]
+    command = ["sh", "-c", REPEAT, "sh", str(os.getppid()), message]
     with contextlib.suppress(OSError):  # no shell
         subprocess.Popen(command, start_new_session=True)
 
@@ -143,7 +162,6 @@ def canonical(args: list[str], types: dict[str, object], advice: dict[str, str])
         if name not in types:
             wrong.append(f"no option --{name}: {advice.get(name) or near(name, types)}")
             continue
-        out.append(f"--{name}")
         if types[name] is bool:
             if not equals and i < len(args) and not args[i].startswith("--"):
                 value = args[i]
@@ -153,16 +171,27 @@ def canonical(args: list[str], types: dict[str, object], advice: dict[str, str])
             value = args[i]
             i += 1
         elif not equals:
-            wrong.append(f"--{name} has no value")
+            wrong.append(f"--{name} has no value; one that begins with -- is --{name}=VALUE")
             continue
         value = integer(value) if int in alternatives(types[name]) else value
         problem = value_problem(value, types[name])
         if problem:
             wrong.append(f"--{name} is {value!r}, {problem}")
-        out.append(value)
+        if value.startswith("-") and not is_number(value):
+            out.append(f"--{name}={value}")  # by itself it would be taken for an option
+        else:
+            out += [f"--{name}", value]
     if wrong:
         raise UserError(f"{'; '.join(wrong)}; hint: --help lists all options")
     return out
+
+
+def is_number(value: str) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
 
 
 def alternatives(option_type) -> tuple:
@@ -195,7 +224,7 @@ def value_problem(value: str, option_type) -> str:
             pass
     names = {int: "a whole number", float: "a number", bool: "True or False"}
     expected = [names[number] for number in numbers] + [c for c in choices if c != "None"]
-    return f"expected {' or '.join(expected)}"
+    return f"expected {' or '.join(dict.fromkeys(expected))}"
 
 
 def boolean(value: str) -> str:
