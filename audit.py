@@ -71,16 +71,16 @@ class Audit:
         if self.contents:
             documents = 0
             for shard in tqdm(shards, f"reading {split}", delay=2, leave=False):
-                found = scan(shard)
-                documents += found.documents
-                if shard.sha256 not in (None, found.sha256):
+                content = scan(shard)
+                documents += content.documents
+                if shard.sha256 not in (None, content.sha256):
                     wrong.append(
-                        f"{shard.path}: its SHA-256 {found.sha256[:16]}... is not that in "
+                        f"{shard.path}: its SHA-256 {content.sha256[:16]}... is not that in "
                         f"manifest.json, {shard.sha256[:16]}..."
                     )
-                if found.beyond:
+                if content.beyond:
                     wrong.append(
-                        f"{shard.path}: {found.beyond:,} ids above {EOT}, the last of GPT-2's"
+                        f"{shard.path}: {content.beyond:,} ids above {EOT}, the last of GPT-2's"
                     )
         tokens = sum(shard.tokens for shard in shards)
         windows = sum((shard.tokens - 1) // self.T for shard in shards)
@@ -103,6 +103,11 @@ class Audit:
             f"run: {self.max_steps:,} steps, {end:,} windows, {epochs:.3f} epochs, "
             f"{self.data_order} order, seed {self.data_seed}\n"
         )
+        if epochs > 10:
+            print(
+                f"note: {epochs:,.0f} epochs are far more than data are worth repeating (about 4); "
+                "hint: the settings of your run, --max_steps and --total_batch\n"
+            )
         print(
             f"{'read by':24}{'windows':>16}{'tokens left out':>18}{'never':>12}{'once':>12}"
             f"{'more often':>12}"

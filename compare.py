@@ -22,7 +22,7 @@ from config import FREE_ON_RESUME, TrainConfig, differences
 from runtime.command_line import UserError, one_line, parse, run_script, say
 from runtime.runlog import read_metrics
 
-# Okabe and Ito 2008: told apart with any colour vision. A preset has its colour in every picture.
+# Okabe and Ito 2008: distinct with any colour vision. A preset has its colour in every picture.
 COLOURS = {
     "gpt2-baseline": "#E69F00",
     "gpt2-periodicity-fix": "#CC79A7",
@@ -136,13 +136,13 @@ def read_run(run_dir: str, x: str) -> LoggedRun:
 
 def points(records: list[dict], key: str, x: str, cfg: dict, steps: list[dict]) -> np.ndarray:
     """Return (n, 2): the position on the axis x, and the value of `key`, of each record."""
-    at = np.array([r["step"] for r in records], float)
+    position = np.array([r["step"] for r in records], float)
     if x == "tokens":
-        at *= cfg["total_batch"] / 1e6
+        position *= cfg["total_batch"] / 1e6
     if x == "time":
         minutes = np.cumsum([0.0, *(r["dt_ms"] / 60e3 for r in steps)])
-        at = np.interp(at, [0, *(r["step"] for r in steps)], minutes)
-    return np.stack([at, np.array([r[key] for r in records], float)], axis=1)
+        position = np.interp(position, [0, *(r["step"] for r in steps)], minutes)
+    return np.stack([position, np.array([r[key] for r in records], float)], axis=1)
 
 
 def grouped(runs: list[LoggedRun]) -> list[Group]:
@@ -389,7 +389,7 @@ def main(args: Comparison):
         say(f"picture | {out}")
     except ImportError:
         say("picture | not drawn: matplotlib is missing; hint: pip install matplotlib")
-    except OSError as e:
+    except (OSError, ValueError) as e:  # ValueError: an ending that matplotlib does not know
         raise UserError(f"cannot write {out} ({one_line(e)}); hint: --out another.png") from e
 
 

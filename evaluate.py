@@ -123,7 +123,7 @@ def shortened(text: str, most: int = 8) -> str:
     """Return what the console shows of a sample: its first lines, indented."""
     lines = text.strip().splitlines()
     if len(lines) < 2:
-        return text
+        return text.strip()
     shown = "".join(f"\n    {line}" for line in lines[:most])
     if len(lines) > most:
         shown += f"\n    ... {len(lines) - most} more lines in samples.txt"

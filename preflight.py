@@ -33,7 +33,8 @@ def check(cfg: TrainConfig, world: World) -> tuple[TrainConfig, Data | None]:
             "torchrun on GPUs needs a preset, the default is a toy; "
             "hint: torchrun ... train_gpt2.py gpt2-rope"
         )
-    wrong, data = problems(cfg, world.world_size), None
+    wrong = problems(cfg, world.world_size)
+    data = None
     if cfg.T > 0 and cfg.total_batch > 0:
         try:
             refuse_missing_data(cfg)
@@ -43,11 +44,12 @@ def check(cfg: TrainConfig, world: World) -> tuple[TrainConfig, Data | None]:
                 say(f"data | {e}")
             else:
                 wrong.append(str(e))
-    if cfg.epochs is not None and data is None:
-        say(f"plan | {cfg.epochs:g} epochs of data that are not there yet: not the steps below")
-    elif cfg.epochs is not None:
-        cfg = set_length(cfg, data.train)
-        wrong = wrong or problems(cfg, world.world_size)
+    if cfg.epochs is not None and not wrong:
+        if data is None:
+            say(f"plan | {cfg.epochs:g} epochs of data that do not exist yet: steps not computed")
+        else:
+            cfg = set_length(cfg, data.train)
+            wrong = problems(cfg, world.world_size)
     if wrong:
         raise UserError("\n       ".join(wrong))
     if data:
@@ -61,8 +63,9 @@ class NoData(UserError):
 
 def refuse_missing_data(cfg: TrainConfig):
     """Raise NoData when a preset's own data are not there: the hint says how to make them."""
-    own_data = cfg.data_root == TrainConfig().data_root
-    if own_data and not any(Path(cfg.data_root).glob("*.*")):
+    root = Path(cfg.data_root)
+    own_data = root == Path(TrainConfig().data_root)
+    if own_data and not any(path.suffix in (".npy", ".bin") for path in root.glob("*")):
         raise NoData(
             f"no shards in {cfg.data_root} yet; hint: python prepare.py fineweb-edu --sample 10BT "
             f"--out {cfg.data_root} makes them (28.5 GB to download, 20 GB of shards), or "

@@ -410,7 +410,7 @@ def refuse_changes(job: Job, data: Dataset, source: str):
         before["files"] = [file["name"] for file in job.sources]
         now["files"] = [file["name"] for file in files]
         for file in job.sources:
-            if "shards" in file:  # others may have been mended
+            if "shards" in file:  # others may have been replaced
                 before[file["name"]] = file["bytes"]
         now |= {file["name"]: file["bytes"] for file in files if file["name"] in before}
     changes = [
@@ -571,7 +571,7 @@ def read_documents(path: str, text_field: str, source: dict, bar: tqdm) -> Itera
             problem = f"not UTF-8: {e.reason} at byte {e.start}"
         elif isinstance(e, json.JSONDecodeError):
             problem = f"not JSON: {e.msg} at column {e.colno}"
-        raise UserError(f"{place}: {problem}; hint: mend this file, or leave it out") from e
+        raise UserError(f"{place}: {problem}; hint: repair this file, or leave it out") from e
 
 
 def read_items(raw, path: str, kind: str, text_field: str) -> Iterator:

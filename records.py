@@ -165,12 +165,12 @@ class Records:
         self.meter.flush()
 
     def draw_curves(self):
-        """Draw curves.png. Whatever goes wrong there is reported in one line."""
+        """Draw curves.png. Whatever goes wrong there is reported in one line and stops no run."""
         try:
             compare.curves(self.cfg.run_dir)
         except ImportError:
             say("curves | not drawn: matplotlib is missing; hint: pip install matplotlib")
-        except (OSError, ValueError) as e:
+        except Exception as e:  # matplotlib has many
             say(f"curves | not drawn: {one_line(e)}")
 
     def close_checkpoints(self) -> bool:
@@ -274,17 +274,17 @@ def refuse_to_mix(cfg: TrainConfig) -> bool:
     return bool(stored)
 
 
-def refuse_other_run(cfg: TrainConfig, found: Checkpoint):
+def refuse_other_run(cfg: TrainConfig, saved: Checkpoint):
     """Raise UserError for a checkpoint that is not of this run."""
-    if "config" not in found.state:  # hf.py import
+    if "config" not in saved.state:  # hf.py import
         raise UserError(
-            f"{found.path} holds weights from {found.state.get('source')}, not a run to resume; "
-            f"hint: --init_from {found.path} under a new --run_name"
+            f"{saved.path} holds weights from {saved.state.get('source')}, not a run to resume; "
+            f"hint: --init_from {saved.path} under a new --run_name"
         )
-    changed = differences(cfg, found.state["config"])
+    changed = differences(cfg, saved.state["config"])
     if changed:
         raise UserError(
-            f"{found.path} is of a run with other settings: {changed}; "
+            f"{saved.path} is of a run with other settings: {changed}; "
             "hint: another --run_name for these"
         )
 

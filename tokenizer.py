@@ -128,7 +128,7 @@ def hugging_face_files(block_size: int) -> dict[str, str]:
         clean_up_tokenization_spaces=False,
         **dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
     )
-    # how transformers samples unless told otherwise: as generate.py does
+    # how transformers samples by default: as generate.py does
     sampling = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), EOT)
     sampling |= dict(do_sample=True, temperature=1.0, top_k=50)
     return {

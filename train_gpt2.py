@@ -60,7 +60,7 @@ from runtime.memory import fit_batch, out_of_memory
 from runtime.meter import duration
 from runtime.runlog import read_metrics
 from runtime.stop import INTERRUPTED, Stop, Stopped
-from runtime.world import World, join_world, sum_over_ranks
+from runtime.world import World, join_world, on_rank0, sum_over_ranks
 
 
 class Run(NamedTuple):
@@ -87,7 +87,7 @@ class Result(NamedTuple):
 
     model: GPT  # raw, on the device
     val_loss: float | None  # of the last evaluation, nats per token
-    records: list[dict]  # of metrics.jsonl; [] on ranks above 0
+    records: list[dict]  # of metrics.jsonl, or of --eval_only; [] on ranks above 0
     step: int  # updates done
     finished: bool  # False: stopped by a signal, with a checkpoint
 
@@ -188,18 +188,15 @@ TO_RESUME = "to resume: the same command again"
 
 
 def run_stages(cfg: TrainConfig, world: World, stop: Stop) -> Result:
+    """Check, resume or begin, train, finish; or stop after what --dry_run and --eval_only ask."""
     given, data = check(cfg, world)
     cfg, resume_from = records.resume_point(given)
     trains = not (cfg.eval_only or cfg.dry_run)
-    val_loss = records.finished_loss(cfg)
-    if trains and resume_from and resume_from.step == cfg.max_steps and val_loss is not None:
-        say(
-            f"already finished: {cfg.run_dir} has {cfg.max_steps} of {cfg.max_steps} steps; "
-            f"hint: --run_name {cfg.run_name}-2 starts anew, "
-            f"python generate.py --model {cfg.run_dir} samples from it"
-        )
-        model = hf.load_checkpoint(resume_from).to(world.device)
-        return Result(model, val_loss, read_metrics(cfg.run_dir), cfg.max_steps, True)
+    if trains and resume_from and resume_from.step == cfg.max_steps:
+        # rank 0 looks: other machines need not have the run directory
+        val_loss = on_rank0(lambda: records.finished_loss(cfg))
+        if val_loss is not None:
+            return already_finished(cfg, resume_from, val_loss, world)
     model = build_model(cfg, resume_from, world)
     if cfg.dry_run:
         print_plan(cfg, model, world)
@@ -216,6 +213,21 @@ def run_stages(cfg: TrainConfig, world: World, stop: Stop) -> Result:
         run.loader.close()
         run.records.release()
         raise
+
+
+def already_finished(
+    cfg: TrainConfig, resume_from: Checkpoint, val_loss: float, world: World
+) -> Result:
+    """Return the result of a run that has finished before."""
+    say(
+        f"already finished: {cfg.run_dir} has {cfg.max_steps} of {cfg.max_steps} steps; "
+        f"hint: --run_name {cfg.run_name}-2 starts anew, "
+        f"python generate.py --model {cfg.run_dir} samples from it"
+    )
+    model = hf.empty_model(resume_from).to(world.device)
+    checkpoint.restore(resume_from, model)
+    log = read_metrics(cfg.run_dir) if world.rank == 0 else []
+    return Result(model, val_loss, log, cfg.max_steps, True)
 
 
 def build_model(cfg: TrainConfig, resume_from: Checkpoint | None, world: World) -> GPT:
@@ -249,7 +261,14 @@ def build_model(cfg: TrainConfig, resume_from: Checkpoint | None, world: World) 
     return model.to(world.device)
 
 
-def evaluate_only(cfg, model: GPT, resume_from, val_data, world: World, stop: Stop) -> Result:
+def evaluate_only(
+    cfg: TrainConfig,
+    model: GPT,
+    resume_from: Checkpoint | None,
+    val_data: shards.Windows,
+    world: World,
+    stop: Stop,
+) -> Result:
     """Evaluate a model once (--eval_only)."""
     if resume_from:
         checkpoint.restore(resume_from, model)
@@ -258,7 +277,8 @@ def evaluate_only(cfg, model: GPT, resume_from, val_data, world: World, stop: St
         cfg = dataclasses.replace(cfg, B=fit_batch(cfg, model, model, compute, 0, world))
     step = resume_from.step if resume_from else 0
     record = Evaluator(cfg, model, val_data, compute, world, stop)(step)
-    return Result(model, record["val/loss"], [record], step, True)
+    log = [record] if world.rank == 0 else []
+    return Result(model, record["val/loss"], log, step, True)
 
 
 def start_computing(cfg: TrainConfig, model: GPT, world: World) -> Compute:
@@ -311,6 +331,11 @@ def set_up(
     loader = shards.Loader(
         train_data, cfg.total_batch, cfg.B, world, start_step, cfg.batch_hashes, stop.ask
     )
+    try:
+        run_records = records.Records(cfg, model, optimizer, loader, resume_from, world, stop)
+    except BaseException:
+        loader.close()
+        raise
     return Run(
         cfg=cfg,
         world=world,
@@ -322,7 +347,7 @@ def set_up(
         loader=loader,
         gradients=optim.Gradients(model, ddp, micro_steps, cfg.deterministic),
         evaluate=evaluate,
-        records=records.Records(cfg, model, optimizer, loader, resume_from, world, stop),
+        records=run_records,
         start_step=start_step,
         micro_steps=micro_steps,
         started=started,

@@ -26,13 +26,10 @@ def one_line(e: BaseException) -> str:
 
 
 def near(word: str, words: Iterable[str]) -> str:
-    """Suggest the names closest to a mistyped one; when none is close, list them unless many."""
-    words = list(words)
+    """Suggest the names closest to a mistyped one, or list all of them when none is close."""
     close = difflib.get_close_matches(word, words, n=3)
     if close:
         return f"did you mean {' or '.join(close)}?"
-    if len(words) > 20:
-        return "no name is close to it"
     return f"one of {', '.join(words)}"
 
 
