@@ -80,7 +80,7 @@ class LoggedRun:
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
+class RunGroup:
     """Runs with the same settings and different seeds."""
 
     name: str  # the preset, and the settings that tell it from other groups
@@ -145,7 +145,7 @@ def points(records: list[dict], key: str, x: str, cfg: dict, steps: list[dict]) 
     return np.stack([position, np.array([r[key] for r in records], float)], axis=1)
 
 
-def grouped(runs: list[LoggedRun]) -> list[Group]:
+def grouped(runs: list[LoggedRun]) -> list[RunGroup]:
     """Group the runs whose settings are the same but for seeds and what does not matter."""
     fields = [f.name for f in dataclasses.fields(TrainConfig)]
     decisive = [name for name in fields if name not in FREE_ON_RESUME | {"seed", "data_seed"}]
@@ -162,7 +162,7 @@ def grouped(runs: list[LoggedRun]) -> list[Group]:
             if any(c[name] != cfg[name] for c in siblings) and not follows_max_lr(name, siblings):
                 value = f"{cfg[name]:.3g}" if isinstance(cfg[name], float) else cfg[name]
                 words.append(f"{name} {value}")
-        groups.append(Group(" ".join(words), members))
+        groups.append(RunGroup(" ".join(words), members))
     return groups
 
 
@@ -177,7 +177,7 @@ def follows_max_lr(name: str, cfgs: list[dict]) -> bool:
 # table and verdicts
 
 
-def pooled_deviation(groups: list[Group]) -> float | None:
+def pooled_deviation(groups: list[RunGroup]) -> float | None:
     """Return s; None when no group has two runs."""
     several = [g.losses for g in groups if len(g.losses) > 1]
     if not several:
@@ -186,7 +186,7 @@ def pooled_deviation(groups: list[Group]) -> float | None:
     return (squares / sum(len(losses) - 1 for losses in several)) ** 0.5
 
 
-def table(groups: list[Group], s: float | None) -> str:
+def table(groups: list[RunGroup], s: float | None) -> str:
     """Return a Markdown table: final values of each group, and its distance to the first."""
     lines = [
         "| run | seeds | tokens | val loss, final (mean ± sd) | to the first | HellaSwag ± se "
@@ -216,7 +216,7 @@ def distance(difference: float, s: float | None) -> str:
     return f"{difference:+.4f} ({abs(difference) / s:.1f} s)"
 
 
-def hellaswag_score(group: Group) -> str:
+def hellaswag_score(group: RunGroup) -> str:
     """Return a group's mean acc_norm and its standard error.
 
     The items are the same for all seeds, so more seeds do not make that error smaller.
@@ -275,7 +275,7 @@ def verdict(run: LoggedRun, reference: LoggedRun, band: float) -> str:
 # leaves a notebook's backend alone
 
 
-def picture(groups: list[Group], x: str, out: str):
+def picture(groups: list[RunGroup], x: str, out: str):
     """Draw the curves of all groups; beside them, which is also the legend, their final losses."""
     from matplotlib.figure import Figure
 

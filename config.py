@@ -264,10 +264,10 @@ def preset(name: str, **changes) -> TrainConfig:
 
     Raises UserError for a name or a setting that does not exist.
     """
-    return build(name, changes)[0]
+    return build_config(name, changes)[0]
 
 
-def build(name: str, changes: dict) -> tuple[TrainConfig, list[str]]:
+def build_config(name: str, changes: dict) -> tuple[TrainConfig, list[str]]:
     """Return a preset with changes, and one line per setting that follows from them.
 
     A run made shorter keeps its share of warm-up, unless warmup_steps is among the changes.
@@ -373,7 +373,7 @@ def from_command_line(argv: list[str]) -> tuple[TrainConfig, list[str]]:
         for field in dataclasses.fields(cls):
             if field.name in given or f"no_{field.name}" in given:
                 changes[field.name] = getattr(getattr(parsed, group), field.name)
-    cfg, more_notes = build(name, changes)
+    cfg, more_notes = build_config(name, changes)
     return cfg, notes + more_notes
 
 

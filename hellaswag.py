@@ -64,7 +64,7 @@ def fetch_items() -> Path | None:
     except (OSError, ValueError) as e:
         say(
             f"hellaswag | skipped, its data cannot be downloaded ({one_line(e)}); "
-            f"hint: put {URL} at data/{DATA.name}, or --hellaswag_limit 0"
+            f"hint: put {URL} at data/{DATA.name}; --hellaswag_limit 0 trains without it"
         )
         return None
     say(f"hellaswag | {URL}, now in {DATA}")
@@ -182,7 +182,7 @@ class PackedBatch(NamedTuple):
     ending: torch.Tensor  # (S,) the ending each belongs to, 0 .. 4 n - 1
 
 
-class Group:
+class ContextGroup:
     """A context and the endings that share it: their slots in a row."""
 
     def __init__(self, context: list[int]):
@@ -219,7 +219,7 @@ def pack_items(
     return [build_batch(chunk, (R, T), S, device) for chunk in chunks], n_cut
 
 
-def group_by_context(items: Items, block_size: int) -> tuple[list[Group], int]:
+def group_by_context(items: Items, block_size: int) -> tuple[list[ContextGroup], int]:
     """Return the groups of a set, and the number of items longer than block_size + 1 ids.
 
     Those are cut at the front, which may leave the endings of an item with different contexts; each
@@ -237,12 +237,12 @@ def group_by_context(items: Items, block_size: int) -> tuple[list[Group], int]:
             cut.add(index // 4)
         split = max(1, len(ids) - n_ending)
         if index % 4 == 0 or groups[-1].context != ids[:split]:
-            groups.append(Group(ids[:split]))
+            groups.append(ContextGroup(ids[:split]))
         groups[-1].add(ids[split:], index)
     return groups, len(cut)
 
 
-def fill_rows(groups: list[Group], T: int) -> list[list[Group]]:
+def fill_rows(groups: list[ContextGroup], T: int) -> list[list[ContextGroup]]:
     """Distribute groups over rows of T slots: longest first, each where it leaves least room."""
     rows = []
     rows_by_room = [[] for _ in range(T + 1)]
@@ -260,7 +260,7 @@ def fill_rows(groups: list[Group], T: int) -> list[list[Group]]:
 
 
 def build_batch(
-    rows: list[list[Group]], shape: tuple[int, int], S: int, device: torch.device
+    rows: list[list[ContextGroup]], shape: tuple[int, int], S: int, device: torch.device
 ) -> PackedBatch:
     """Lay out rows of groups in tensors of shape (R, T) and (S,)."""
     idx = np.zeros(shape, np.int64)
@@ -416,7 +416,7 @@ class Scoring:
             raise UserError(f"no such file: {self.data}; hint: --data FILE")
         path = Path(self.data) if self.data else fetch_items()
         if path is None:
-            raise UserError("no data; hint: --data FILE")
+            raise UserError(f"no data to measure on; hint: --data FILE, or {URL} at {DATA}")
         device = pick_device(self.device)
         model = hf.load(self.model or hf.newest_run()).to(device)
         compute = Compute(device, autocast_dtype(device, self.dtype), compiled=True)

@@ -46,7 +46,10 @@ def check(cfg: TrainConfig, world: World) -> tuple[TrainConfig, Data | None]:
                 wrong.append(str(e))
     if cfg.epochs is not None and not wrong:
         if data is None:
-            say(f"plan | {cfg.epochs:g} epochs of data that do not exist yet: steps not computed")
+            say(
+                f"plan | {cfg.epochs:g} epochs of data that do not exist yet: how many steps is "
+                f"unknown, the plan below is for {cfg.max_steps:,}"
+            )
         else:
             cfg = set_length(cfg, data.train)
             wrong = problems(cfg, world.world_size)

@@ -148,6 +148,15 @@ def files(
     if empty:
         message += f"; empty documents skipped: {empty}"
     print(message)
+    tokens = {"train": 0, "val": 0}
+    for record in records:
+        tokens[record["split"]] += record["tokens"]
+    share = tokens["val"] / sum(tokens.values())
+    if share > 2 * val_share:
+        print(
+            f"note: validation is {share:.0%} of all tokens, asked for were {val_share:.0%}: it is "
+            "whole documents, and the first is one; hint: a short document first, or one file"
+        )
 
 
 def wrong_files(files: tuple[str, ...]) -> list[str]:

@@ -23,7 +23,7 @@ from runtime.command_line import UserError, one_line
 from runtime.files import atomic, write_json
 from tokenizer import EOT
 
-FORMAT = 1  # of manifest.json
+MANIFEST_FORMAT = 1  # of manifest.json
 BIN_MAGIC = 20240520  # llm.c's
 BIN_HEADER = 1024  # bytes: 256 int32
 RESTORE_HINT = "hint: restore the shard, then run the same command to resume"
@@ -302,7 +302,7 @@ def shard_names(name: str, split: str) -> Iterator[str]:
 
 def write_manifest(root: str | Path, shards: list[dict], sources: list[dict], **more):
     """Write manifest.json: a directory that has one is complete, unless it says complete: false."""
-    content = {"format": FORMAT, "tokenizer": "gpt2", "shards": shards, "sources": sources}
+    content = {"format": MANIFEST_FORMAT, "tokenizer": "gpt2", "shards": shards, "sources": sources}
     write_json(Path(root) / "manifest.json", content | more)
 
 
