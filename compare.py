@@ -366,7 +366,8 @@ def save_figure(fig, path: str | Path):
 def main(args: Comparison):
     if not args.runs:
         raise UserError("no run to compare; hint: python compare.py log/a log/b")
-    runs = [read_run(run_dir, args.x) for run_dir in dict.fromkeys(args.runs)]
+    once = {Path(run_dir).resolve(): run_dir for run_dir in args.runs}
+    runs = [read_run(run_dir, args.x) for run_dir in once.values()]
     groups = grouped(runs)
     out = args.out if len(runs) > 1 else Path(args.runs[0]) / "curves.png"
     if len(runs) > 1:
