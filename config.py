@@ -290,13 +290,17 @@ def build_config(name: str, changes: dict) -> tuple[TrainConfig, list[str]]:
         cfg = dataclasses.replace(cfg, epochs=None)
     if "warmup_steps" not in changes:
         cfg = fit_warmup(cfg, notes)
-    cfg = dataclasses.replace(
+    return complete(cfg), notes
+
+
+def complete(cfg: TrainConfig) -> TrainConfig:
+    """Fill in the settings that follow from others: run_name, block_size, min_lr."""
+    return dataclasses.replace(
         cfg,
-        run_name=cfg.run_name or name,
+        run_name=cfg.run_name or cfg.preset,
         block_size=cfg.block_size or cfg.T,
         min_lr=0.1 * cfg.max_lr if cfg.min_lr is None else cfg.min_lr,
     )
-    return cfg, notes
 
 
 def as_listed(name: str) -> TrainConfig:

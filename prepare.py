@@ -388,11 +388,11 @@ def begin(out: str, data: Dataset, source: str = "") -> Job:
     if problems:
         raise UserError("; ".join(problems))
     manifest = read_manifest(out)
-    if "dataset" in manifest:
+    if "dataset" in manifest and any(Path(out).glob("*.npy")):
         job = resume(out, manifest)
         refuse_changes(job, data, source)
-    else:
-        refuse_occupied(out)
+    else:  # a manifest without a shard binds to nothing: the first try may have had a typing error
+        refuse_occupied(out, replaceable=["manifest.json"] if "dataset" in manifest else [])
         commit, files = list_folder(source) if source else list_inputs(data)
         job = Job(out, data, commit, files, {})
     if job.todo():

@@ -20,7 +20,7 @@ from runtime import checkpoint
 from runtime.checkpoint import Checkpoint
 from runtime.command_line import UserError, one_line, say
 from runtime.files import write_json
-from runtime.meter import Meter
+from runtime.meter import Meter, duration
 from runtime.runlog import RunLog, Wandb, environment
 from runtime.stop import Stop
 from runtime.world import World, on_rank0
@@ -49,15 +49,19 @@ class Records:
         self.val_loss: float | None = None  # of the last evaluation
         self.bigram: float | None = None  # loss of the bigram model
         self.log = RunLog()
-        on_rank0(self.open)
         self.saver = None
-        if world.rank == 0:
-            wandb_id = resume_from.state["wandb_id"] if resume_from else None
-            self.log.wandb = Wandb(cfg, wandb_id, cfg.run_dir)
-            self.saver = checkpoint.Saver(cfg, model, optimizer, self.log)
-            if resume_from:
-                losses = resume_from.state["val_losses"]
-                self.saver.losses = {int(step): loss for step, loss in losses.items()}
+        try:
+            on_rank0(self.open)
+            if world.rank == 0:
+                wandb_id = resume_from.state["wandb_id"] if resume_from else None
+                self.log.wandb = Wandb(cfg, wandb_id, cfg.run_dir)
+                self.saver = checkpoint.Saver(cfg, model, optimizer, self.log)
+        except BaseException:  # a signal, too: the log's lock must not outlive this call
+            self.log.close()
+            raise
+        if self.saver and resume_from:
+            losses = resume_from.state["val_losses"]
+            self.saver.losses = {int(step): loss for step, loss in losses.items()}
         self.meter = Meter(cfg, model.flops_per_token(cfg.T), world, self.log)
 
     def open(self):
@@ -176,6 +180,23 @@ class Records:
     def close_checkpoints(self) -> bool:
         """Wait for the last checkpoint; tell whether it was written."""
         return self.saver is None or self.saver.close()
+
+    def say_finished(self, seconds: float):
+        """Print what came out, where it is, and the next commands."""
+        cfg = self.cfg
+        bigram = f" (bigram model {self.bigram:.4f})" if self.bigram else ""
+        say(
+            f"finished in {duration(seconds)} | val loss {self.val_loss:.4f}{bigram} | "
+            f"{cfg.max_steps * cfg.total_batch:,} tokens"
+        )
+        say(f"  curves   {cfg.run_dir / 'curves.png'}")
+        if (cfg.run_dir / "samples.txt").exists():
+            say(f"  samples  {cfg.run_dir / 'samples.txt'}")
+        prompt, next_command = cfg.sample_prompt, f"hellaswag.py --model {cfg.run_dir}"
+        if cfg.preset == "shakespeare":
+            prompt, next_command = "ROMEO:", "train_gpt2.py --max_steps 1000 --run_name longer"
+        say(f'  next     python generate.py --model {cfg.run_dir} --prompt "{prompt}"')
+        say(f"           python {next_command}")
 
     def close(self, finished: bool):
         """Close the log and draw the curves; if finished, write finished.json."""

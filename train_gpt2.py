@@ -23,7 +23,7 @@ curves.png, ckpt/, and, written last, finished.json.
 
 import sys
 
-from config import TrainConfig, from_command_line
+from config import TrainConfig, complete, from_command_line
 from runtime.command_line import UserError, one_line, run_script, say
 
 if __name__ == "__main__":  # before torch is imported (2 s): --help and typos are answered at once
@@ -57,7 +57,6 @@ from runtime.device import (
     use_deterministic_kernels,
 )
 from runtime.memory import fit_batch, out_of_memory
-from runtime.meter import duration
 from runtime.runlog import read_metrics
 from runtime.stop import INTERRUPTED, Stop, Stopped
 from runtime.world import World, join_world, on_rank0, sum_over_ranks
@@ -161,7 +160,7 @@ def train(cfg: TrainConfig) -> Result:
     with torch_settings_restored():
         world = join_world(cfg.device, cfg.group_timeout, cfg.deterministic)
         stop = Stop(world, cfg.group_timeout, second_interrupt=signal.default_int_handler)
-        return launch(cfg, world, stop)
+        return launch(complete(cfg), world, stop)
 
 
 def launch(cfg: TrainConfig, world: World, stop: Stop) -> Result:
@@ -384,32 +383,12 @@ def finish(run: Run, step: int, finished: bool) -> Result:
             "hint: make room, then the same command again"
         )
     if finished:
-        say_finished(run, time.perf_counter() - run.started)
+        run.records.say_finished(time.perf_counter() - run.started)
     else:
         reason = run.stop.reason or "another process"
         say(f"interrupted by {reason} at step {step}{'' if saved else ' (NOT saved)'}; {TO_RESUME}")
     log = read_metrics(cfg.run_dir) if run.world.rank == 0 else []
     return Result(run.model, run.records.val_loss, log, step, finished)
-
-
-def say_finished(run: Run, seconds: float):
-    cfg, records = run.cfg, run.records
-    bigram = f" (bigram model {records.bigram:.4f})" if records.bigram else ""
-    tokens = cfg.max_steps * cfg.total_batch
-    say(
-        f"finished in {duration(seconds)} | val loss {records.val_loss:.4f}{bigram} | "
-        f"{tokens:,} tokens"
-    )
-    say(f"  curves   {cfg.run_dir / 'curves.png'}")
-    if (cfg.run_dir / "samples.txt").exists():
-        say(f"  samples  {cfg.run_dir / 'samples.txt'}")
-    model = f"--model {cfg.run_dir}"
-    prompt = "ROMEO:" if cfg.preset == "shakespeare" else cfg.sample_prompt
-    say(f'  next     python generate.py {model} --prompt "{prompt}"')
-    if cfg.preset == "shakespeare":
-        say("           python train_gpt2.py --max_steps 1000 --run_name longer")
-    else:
-        say(f"           python hellaswag.py {model}")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 python -m pytest tests/test_prepare.py
 """
 
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -691,6 +692,16 @@ def test_a_bad_input_file_is_named_and_what_is_done_stays_done(source, tmp_path,
     path.write_bytes(good)
     assert fineweb(out, source) == whole
     assert written == {name: (out / name).stat().st_mtime_ns for name in done}
+
+
+def test_settings_that_made_no_shard_may_be_corrected(source, tmp_path):
+    """A wrong field leaves a manifest without shards, which must not bind the next try."""
+    out = tmp_path / "out"
+    wrong = dataclasses.replace(SMALL, text_field="txet")
+    message = fineweb_error(out, source, wrong)
+    assert "no field 'txet'" in message
+    assert shards_of(listing(out)) == {}
+    assert fineweb(out, source) == fineweb(tmp_path / "whole", source)
 
 
 def test_again_after_the_end_does_nothing_and_mends_what_was_damaged(source, tmp_path):
