@@ -60,25 +60,29 @@ class GPTConfig:
 def rope_tables(
     positions: torch.Tensor, head_dim: int, base: float = 10000.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cosines and sines of RoPE (Su et al. 2021) at positions (..., T), each (..., T, D/2).
+    """Return cosines and sines of RoPE (Su et al. 2021) at positions (...), each (..., D/2).
 
-    Pair i turns by base**(-2i/D) radians per position; float32. Computed in each forward pass (a
-    few microseconds beside milliseconds of matmul, and free once compiled) so that no buffer has to
-    be stored, moved or resized.
+    Pair i turns by base**(-2i/D) radians per position; float32. Made once in each forward pass,
+    within microseconds, so that no buffer has to be stored, moved or resized.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     freq = base ** (-exponents / head_dim)  # (D/2,)
-    angle = positions.float()[..., None] * freq  # (..., T, D/2)
+    angle = positions.float()[..., None] * freq  # (..., D/2)
     return angle.cos(), angle.sin()
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn x (B, H, T, D) by position: element i pairs with i + D/2, as in GPT-NeoX and Llama.
+# One operator to torch.compile, which would compute pow, cos and sin anew in every layer
+rope_operator = torch.library.custom_op("gpt2::rope_tables", rope_tables, mutates_args=())
+rope_operator.register_fake(rope_tables)
 
-    Computed in float32 and returned in x's own type: bf16 angles lose whole positions beyond T =
-    256.
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn x (..., D) by position: element i pairs with i + D/2, as in GPT-NeoX and Llama.
+
+    The tables are broadcast to (..., D/2). Computed in float32 and returned in x's own type: bf16
+    angles lose whole positions beyond T = 256.
     """
-    x1, x2 = x.float().chunk(2, dim=-1)  # (B, H, T, D/2) each
+    x1, x2 = x.float().chunk(2, dim=-1)  # (..., D/2) each
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
 
 
@@ -173,14 +177,14 @@ class Attention(nn.Module):
     def forward(self, x, rope, mask, update_cache=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
-        q = q.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
-        k = k.view(B, T, self.n_head, -1).transpose(1, 2)
-        v = v.view(B, T, self.n_head, -1).transpose(1, 2)
+        q, k, v = (x.view(B, T, self.n_head, -1) for x in (q, k, v))  # (B, T, H, D)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if self.qk_norm:
             # Henry et al. 2020: however large the weights become, no score exceeds sqrt(D)
             q, k = rms_norm(q), rms_norm(k)
+        # only now: rotated after it, they would be copied for attention and again behind it
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
         if update_cache is not None:
             k, v = update_cache(k, v)  # (B, H, S, D)
         if mask is None:
@@ -350,11 +354,11 @@ class GPT(nn.Module):
         if self.config.modern:
             x = rms_norm(x)
         if self.config.rotary:
+            tables = rope_operator if torch.compiler.is_compiling() else rope_tables
             if positions is None:
-                where = torch.arange(T, device=idx.device)  # (T,)
-            else:
-                where = positions[:, None]  # (B, 1, T): the same for all heads
-            return x, rope_tables(where, self.config.n_embd // self.config.n_head)
+                positions = torch.arange(T, device=idx.device)  # (T,)
+            # (T, 1, D/2) or (B, T, 1, D/2): the same for all heads
+            return x, tables(positions[..., None], self.config.n_embd // self.config.n_head)
         if positions is None:
             return x + self.wpe.weight[:T], None
         return x + self.wpe(positions), None

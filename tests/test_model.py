@@ -345,7 +345,7 @@ def test_rope_is_the_only_source_of_positions(monkeypatch):
     swapped = ids[:, [1, 0, *range(2, 12)]]
     assert (model(ids) - model(swapped))[0, -1].abs().max() > 1e-3
     assert not hasattr(model, "wpe")
-    no_turn = torch.ones(12, 6), torch.zeros(12, 6)
+    no_turn = torch.ones(12, 1, 6), torch.zeros(12, 1, 6)
     monkeypatch.setattr("model.rope_tables", lambda *_: no_turn)
     assert_near(model(ids)[0, -1], model(swapped)[0, -1], atol=1e-5)
 
