@@ -93,7 +93,8 @@ class Muon(torch.optim.Optimizer):
         n, rank, world_size = len(x), dist.get_rank(), dist.get_world_size()
         share = -(-n // world_size)
         part = newton_schulz(x[rank * share : (rank + 1) * share].to(self.dtype))
-        part = F.pad(part, (0, 0, 0, 0, 0, share - len(part)))
+        # newton_schulz returns a tall matrix transposed, and NCCL takes contiguous tensors only
+        part = F.pad(part, (0, 0, 0, 0, 0, share - len(part))).contiguous()
         everything = part.new_empty(world_size * share, *x.shape[1:])
         dist.all_gather_into_tensor(everything, part)
         return everything[:n].float()

@@ -184,7 +184,7 @@ def add_in_order(
     for rank in range(dist.get_world_size() if dist.is_initialized() else 1):
         received = own
         if dist.is_initialized():
-            received = [t.clone() for t in own]
+            received = [t.clone(memory_format=torch.contiguous_format) for t in own]
             for t in received:
                 dist.broadcast(t, rank)
         if sums is None:
