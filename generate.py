@@ -64,13 +64,13 @@ def draw(logits: torch.Tensor, u: torch.Tensor, sampling: Sampling) -> torch.Ten
         V = logits.shape[-1]
         logits, ids = logits.topk(min(sampling.top_k or V, V))  # likeliest first
     p = (logits.float() / sampling.temperature).softmax(-1)
-    if p.device.type != "mps":  # MPS has no float64
-        p = p.double()
+    # on the host: CUDA has no deterministic cumulative sum, MPS no float64
+    p = p.cpu().double()
     cdf = p.cumsum(-1)
     excluded = cdf - p >= sampling.top_p  # never the first
     total = cdf.masked_fill(excluded, 0).amax(-1, keepdim=True)
-    index = torch.searchsorted(cdf, u[:, None].to(p) * total, right=True)
-    index = index.clamp(max=p.shape[-1] - 1)
+    index = torch.searchsorted(cdf, u[:, None] * total, right=True)
+    index = index.clamp(max=p.shape[-1] - 1).to(logits.device)
     if ids is not None:
         index = ids.gather(-1, index)
     return index[:, 0]

@@ -19,6 +19,7 @@ from model import GPT
 from runtime import checkpoint
 from runtime.checkpoint import Checkpoint
 from runtime.command_line import UserError, one_line, say
+from runtime.device import attention_backend, autocast_dtype
 from runtime.files import write_json
 from runtime.meter import Meter, duration
 from runtime.runlog import RunLog, Wandb, environment
@@ -75,7 +76,11 @@ class Records:
             for directory in (cfg.checkpoint_dir, cfg.run_dir):
                 directory.mkdir(parents=True, exist_ok=True)
             checkpoint.need_space(cfg.checkpoint_dir, self.model, cfg.keep_last)
-            machine = environment(self.world.device, self.world.world_size)
+            device = self.world.device
+            machine = environment(device, self.world.world_size)
+            head_width = self.model.config.n_embd // self.model.config.n_head
+            dtype = autocast_dtype(device, cfg.dtype)
+            machine["attention"] = attention_backend(device, dtype, head_width)
             self.log.open(cfg.run_dir, self.start_step)
             (cfg.run_dir / "finished.json").unlink(missing_ok=True)
             write_json(cfg.run_dir / "config.json", dataclasses.asdict(cfg))

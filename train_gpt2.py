@@ -53,6 +53,7 @@ from runtime.device import (
     Compute,
     autocast_dtype,
     choose_compute,
+    not_deterministic,
     torch_settings_restored,
     use_deterministic_kernels,
 )
@@ -173,6 +174,11 @@ def launch(cfg: TrainConfig, world: World, stop: Stop) -> Result:
         say(f"interrupted by {stop.reason} before the first step, nothing was lost; {TO_RESUME}")
         raise
     except (RuntimeError, MemoryError) as e:
+        if not_deterministic(e):
+            raise UserError(
+                f"--deterministic True cannot be kept here: {one_line(e)}; "
+                "hint: --deterministic False"
+            ) from None
         if not out_of_memory(e):
             raise
         raise UserError(
@@ -288,7 +294,7 @@ def start_computing(cfg: TrainConfig, model: GPT, world: World) -> Compute:
     compute = choose_compute(world.device, cfg.dtype, cfg.use_compile)
     if compute.compiled and world.device.type == "cpu":
         # costs no time on a CPU; without it two threads sum the embedding's gradient in any order
-        use_deterministic_kernels()
+        use_deterministic_kernels(world.device)
         install_cpu_attention(model, compute.dtype)
     return compute
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from torch.nn.attention import SDPBackend
 
 from runtime.command_line import UserError, one_line, say
 
@@ -42,7 +43,7 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 def autocast_dtype(device: torch.device, dtype: str) -> torch.dtype:
     """Return the type of the matmuls; "auto" is bfloat16 where the hardware multiplies it natively.
 
-    Others (T4, V100, MPS, CPUs without AMX or AVX512-BF16) emulate bfloat16, several times slower
+    Others (T4, MPS, CPUs without AMX or AVX512-BF16) emulate bfloat16, several times slower
     than float32.
     """
     if dtype != "auto":
@@ -89,7 +90,10 @@ class Compute(NamedTuple):
 def choose_compute(device: torch.device, dtype: str, use_compile: bool) -> Compute:
     """Decide how to compute; a line says so when torch.compile is wanted and does not work here."""
     compiled = use_compile
-    if use_compile:
+    if use_compile and device.type == "mps":
+        compiled = False
+        say("compile | off: on MPS it has not been tried")
+    elif use_compile:
         error = compile_error(device)
         if error:
             compiled = False
@@ -112,6 +116,21 @@ def compile_error(device: torch.device) -> str | None:
     return None
 
 
+def attention_backend(device: torch.device, dtype: torch.dtype, head_width: int) -> str | None:
+    """Return what computes scaled_dot_product_attention in training on a GPU, such as "CUDNN".
+
+    None on other devices, and where this version of torch does not tell.
+    """
+    if device.type != "cuda":
+        return None
+    try:
+        q = torch.empty(1, 1, 128, head_width, device=device, dtype=dtype, requires_grad=True)
+        choice = torch._fused_sdp_choice(q, q, q, is_causal=True)
+        return SDPBackend(choice).name.removesuffix("_ATTENTION")
+    except (AttributeError, RuntimeError, TypeError, ValueError):  # a private function
+        return None
+
+
 # options of mallopt: M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
 KEEP_FREED_MEMORY = {-4: 0, -1: 2**31 - 1, -2: 2**28}
 
@@ -131,10 +150,19 @@ def keep_freed_memory():
         mallopt(option, value)
 
 
-def use_deterministic_kernels():
-    """Choose kernels with bit-identical results each time; torch warns where it has none."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+def use_deterministic_kernels(device: torch.device):
+    """Choose kernels with bit-identical results each time.
+
+    Where torch has none, it raises on a GPU (see `not_deterministic`) and warns elsewhere: to be
+    warned only would also leave the backward pass of a GPU's attention as it is.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=device.type != "cuda")
     torch.utils.deterministic.fill_uninitialized_memory = False  # for finding bugs; costs time
+
+
+def not_deterministic(e: BaseException) -> bool:
+    """Tell whether an exception means that torch has no deterministic kernel for something."""
+    return isinstance(e, RuntimeError) and "use_deterministic_algorithms" in str(e)
 
 
 @contextmanager

@@ -28,11 +28,13 @@ def join_world(device: str, timeout: float = 600, deterministic: bool = False) -
     device.
     """
     if deterministic:
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # cuBLAS reads it when it starts
-        use_deterministic_kernels()
+        # read by cuBLAS when it starts, and by torch's compiler, which else chooses among
+        # reductions by timing them
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
     chosen = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    if deterministic:
+        use_deterministic_kernels(chosen)
     on_gpu = chosen.type == "cuda"
     if chosen.type == "cpu":
         keep_freed_memory()

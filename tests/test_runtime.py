@@ -22,7 +22,12 @@ from test_shards import world
 
 from runtime import command_line
 from runtime.command_line import UserError, near, one_line, say
-from runtime.device import torch_settings_restored, use_deterministic_kernels
+from runtime.device import (
+    choose_compute,
+    not_deterministic,
+    torch_settings_restored,
+    use_deterministic_kernels,
+)
 from runtime.files import atomic, sha256, write_json
 from runtime.memory import out_of_memory
 from runtime.stop import SIGNALS, Stop, Stopped
@@ -292,11 +297,35 @@ def test_torch_settings_are_restored(fails):
     with contextlib.suppress(Crash), torch_settings_restored():
         torch.set_num_threads(before[0] + 1)
         torch.set_float32_matmul_precision("medium")
-        use_deterministic_kernels()
+        use_deterministic_kernels(torch.device("cpu"))
         assert all(old != new for old, new in zip(before, torch_settings()))
         if fails:
             raise Crash
     assert torch_settings() == before
+
+
+@pytest.mark.parametrize("device, raises", [("cuda", True), ("cpu", False), ("mps", False)])
+def test_determinism_is_enforced_on_a_gpu(device, raises):
+    """Without a deterministic kernel torch raises there, and the error is recognised as such."""
+    x, indices = torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2, dtype=torch.int64)
+    expected = pytest.raises(RuntimeError) if raises else pytest.warns(UserWarning)
+    with torch_settings_restored(), expected as e:
+        use_deterministic_kernels(torch.device(device))
+        torch.nn.functional.max_unpool2d(x, indices, 2)
+    if raises:
+        assert not_deterministic(e.value)
+
+
+def test_compiling_is_off_on_mps(capsys):
+    """A tiny kernel that compiles there says nothing about a GPT, and nobody has tried one."""
+    compute = choose_compute(torch.device("mps"), "auto", use_compile=True)
+    assert compute == (torch.device("mps"), torch.float32, False)
+    assert "compile | off: on MPS" in capsys.readouterr().out
+
+
+def test_other_errors_are_not_of_determinism():
+    assert not not_deterministic(RuntimeError("shapes differ"))
+    assert not not_deterministic(ValueError("use_deterministic_algorithms"))
 
 
 def test_out_of_memory_is_told_from_other_errors():
