@@ -25,6 +25,7 @@ from runtime.command_line import UserError, near, one_line, say
 from runtime.device import (
     choose_compute,
     not_deterministic,
+    peak_flops,
     torch_settings_restored,
     use_deterministic_kernels,
 )
@@ -321,6 +322,44 @@ def test_compiling_is_off_on_mps(capsys):
     compute = choose_compute(torch.device("mps"), "auto", use_compile=True)
     assert compute == (torch.device("mps"), torch.float32, False)
     assert "compile | off: on MPS" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name, tera_flops",
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40", 181),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA A10", 125),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+    ],
+)
+def test_peaks_of_gpus(name, tera_flops, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda", 0)) == tera_flops * 1e12
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA RTX A1000",
+        "NVIDIA RTX A1000 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+        "Tesla T4",
+    ],
+)
+def test_an_unknown_gpu_has_no_peak(name, monkeypatch):
+    """No guess from a part of the name: an MFU over a wrong peak is worse than none."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda", 0)) is None
+    assert peak_flops(torch.device("cpu")) is None
 
 
 def test_other_errors_are_not_of_determinism():
