@@ -13,13 +13,13 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from runtime.command_line import UserError
+from runtime.device import worker_thread
 from runtime.world import World
 from shard_files import RESTORE_HINT, Shard, stamp, verify
 from tokenizer import EOT
@@ -316,7 +316,7 @@ class Loader:
         self.stream = torch.cuda.Stream(world.device) if on_gpu else None
         self.located = range(0)  # the micro-batches whose places are known
         self.k = start_step * self.micro_steps  # the next micro-batch: the loader's whole state
-        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
+        self.thread = worker_thread("loader", world.device)
         self.next_batch = self.thread.submit(self.read, self.k)
         if world.rank == 0:
             arguments = (windows.shards, self.wrong)

@@ -20,7 +20,11 @@ import torch
 from conftest import ROOT
 from test_shards import world
 
+from config import preset
+from model import GPT, GPTConfig
+from optim import build
 from runtime import command_line
+from runtime.checkpoint import Saver, find
 from runtime.command_line import UserError, near, one_line, say
 from runtime.device import (
     choose_compute,
@@ -28,9 +32,11 @@ from runtime.device import (
     peak_flops,
     torch_settings_restored,
     use_deterministic_kernels,
+    worker_thread,
 )
 from runtime.files import atomic, sha256, write_json
 from runtime.memory import out_of_memory
+from runtime.runlog import RunLog
 from runtime.stop import SIGNALS, Stop, Stopped
 
 # --------------------------------------------------------------------------------------------------
@@ -365,6 +371,41 @@ def test_an_unknown_gpu_has_no_peak(name, monkeypatch):
 def test_other_errors_are_not_of_determinism():
     assert not not_deterministic(RuntimeError("shapes differ"))
     assert not not_deterministic(ValueError("use_deterministic_algorithms"))
+
+
+def test_a_worker_thread_works_on_its_own_gpu(monkeypatch):
+    """CUDA starts every thread on GPU 0; where there is no GPU nothing is set."""
+    chosen = []
+
+    def set_device(device):
+        chosen.append((device, threading.current_thread().name))
+
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    for device in (torch.device("cuda", 3), torch.device("cpu")):
+        with worker_thread("loader", device) as thread:
+            assert thread.submit(threading.current_thread).result().name == "loader_0"
+    assert chosen == [(torch.device("cuda", 3), "loader_0")]
+
+
+def test_copies_for_a_checkpoint_lie_in_one_block(tmp_path):
+    """Its size is the sum of theirs but for their alignment: the block is pinned on a GPU."""
+    cfg = preset("gpt2-rope", ckpt_dir=str(tmp_path))
+    model = GPT(GPTConfig(32, 128, 1, 2, 32, use_rope=True))
+    optimizer = build(cfg, model, torch.float32)
+    model(torch.zeros(1, 8, dtype=torch.int64)).sum().backward()
+    optimizer.step()
+    saver = Saver(cfg, model, optimizer, RunLog())
+    saver.reserve()
+    saver.wait()
+    copies = saver.copies.values()
+    assert len(copies) == 4 * len(list(model.parameters()))  # weight, two moments and step
+    assert len({copy.untyped_storage().data_ptr() for copy in copies}) == 1
+    size = next(iter(copies)).untyped_storage().nbytes()
+    assert size < sum(copy.nbytes for copy in copies) + 64 * len(copies)
+    saver.save(1, {})
+    assert saver.close()
+    assert find(tmp_path).step == 1
+    assert not saver.copies
 
 
 def test_out_of_memory_is_told_from_other_errors():
