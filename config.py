@@ -333,18 +333,12 @@ def fit_warmup(cfg: TrainConfig, notes: list[str]) -> TrainConfig:
 # What settings are called elsewhere, and here.
 ADVICE = {
     "batch_size": "tokens per optimizer step are --total_batch, rows per micro-batch --B",
-    "device_batch_size": "rows per micro-batch are --B",
     "gradient_accumulation_steps": "it follows from --total_batch, --B and the number of GPUs",
     "learning_rate": "it is --max_lr here",
     "lr": "it is --max_lr here",
     "max_iters": "it is --max_steps here",
-    "num_iterations": "it is --max_steps here",
     "warmup_iters": "it is --warmup_steps here",
-    "eval_iters": "the validation tokens are --val_tokens",
     "preset": "a preset is the first word: train_gpt2.py gpt2-rope",
-    "compile": "it is --use_compile here",
-    "dataset": "the directory of shards is --data_root",
-    "out_dir": "the run directory is --log_dir/--run_name",
 }
 
 

@@ -5,9 +5,6 @@ A small model on Shakespeare, on any machine, in a few minutes (no account, no d
 GPT-2 (124M) on FineWeb-Edu shards in data/fineweb-edu-10BT (prepare.py), on one GPU or on four:
     python train_gpt2.py gpt2-rope
     torchrun --standalone --nproc_per_node=4 train_gpt2.py gpt2-rope
-on CPUs, two processes, a few steps:
-    torchrun --standalone --nproc_per_node=2 train_gpt2.py gpt2-rope --device cpu --B 2 --T 512 \\
-        --total_batch 2048 --max_steps 5 --val_tokens 8192 --hellaswag_limit 0
 from Python or a notebook:
     result = train_gpt2.train(config.preset("shakespeare", max_steps=50))
 To resume an interrupted run, give the same command again; --run_name NAME starts a second run.
