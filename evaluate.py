@@ -5,6 +5,7 @@ Results do not depend on the number of processes.
 
 import math
 import time
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -48,9 +49,15 @@ class Evaluator:
     def __call__(self, step: int) -> dict:
         """Return val/loss (nats per token), val/bpb (bits per byte), and HellaSwag, if it is on."""
         started = time.perf_counter()
-        if self.compute.compiled and not self.has_run:
-            say(f"step {step} | evaluating, which compiles once more")
+        compiles = self.compute.compiled and not self.has_run
         self.has_run = True
+        if compiles:
+            say(f"step {step} | evaluating, which compiles once more")
+        with self.stop.compiling() if compiles else nullcontext():
+            return self.measure(step, started)
+
+    def measure(self, step: int, started: float) -> dict:
+        """Measure and print everything; `started` is when that began."""
         loss, bits_per_byte = self.validation()
         record = {"step": step, "val/loss": loss, "val/bpb": bits_per_byte}
         line = f"step {step} | val loss {loss:.4f}"

@@ -276,7 +276,9 @@ def evaluate_only(
         checkpoint.restore(resume_from, model)
     compute = start_computing(cfg, model, world)
     if cfg.B == "auto":
-        cfg = dataclasses.replace(cfg, B=fit_batch(cfg, model, model, compute, 0, world))
+        with stop.compiling():
+            B = fit_batch(cfg, model, model, compute, 0, world)
+        cfg = dataclasses.replace(cfg, B=B)
     step = resume_from.step if resume_from else 0
     record = Evaluator(cfg, model, val_data, compute, world, stop)(step)
     log = [record] if world.rank == 0 else []
@@ -311,13 +313,19 @@ def set_up(
         checkpoint.restore(resume_from, model, optimizer)
     stop.poll()
     compute = start_computing(cfg, model, world)
-    compiled_model = compute.compile(model)
+    train_model = compute.compile(model)
+    ddp = None
+    if dist.is_initialized() and not cfg.deterministic:  # which sums gradients itself, in order
+        ddp = DDP(train_model, [world.device] if world.device.type == "cuda" else None)
+        train_model = ddp
     if cfg.B == "auto":
-        # bytes still to be allocated: AdamW's two moments, unless restored, and DDP's gradient
-        # buckets
+        # Tried in DDP, as in training: torch cuts the graph that it compiles there into pieces, so
+        # that gradients are exchanged during the backward pass; one compiled before stays whole.
+        # copies: to be allocated later, AdamW's moments, unless restored, and DDP's buckets
         copies = (0 if resume_from else 2) + dist.is_initialized()
         reserved = copies * sum(4 * p.numel() for p in model.parameters())
-        B = fit_batch(cfg, model, compiled_model, compute, reserved, world)
+        with stop.compiling():
+            B = fit_batch(cfg, model, train_model, compute, reserved, world)
         cfg = dataclasses.replace(cfg, B=B)
     micro_steps = cfg.total_batch // (cfg.B * cfg.T * world.world_size)
     say(
@@ -325,9 +333,6 @@ def set_up(
         f"x tokens: {cfg.T} x processes: {world.world_size}"
     )
     evaluate = Evaluator(cfg, model, data.val, compute, world, stop)
-    ddp = None
-    if dist.is_initialized() and not cfg.deterministic:  # which sums gradients itself, in order
-        ddp = DDP(compiled_model, [world.device] if world.device.type == "cuda" else None)
     start_step = resume_from.step if resume_from else 0
     train_data = records.data_to_resume(cfg, data.train, resume_from) if resume_from else data.train
     loader = shards.Loader(
@@ -344,7 +349,7 @@ def set_up(
         stop=stop,
         compute=compute,
         model=model,
-        train_model=ddp or compiled_model,
+        train_model=train_model,
         optimizer=optimizer,
         loader=loader,
         gradients=optim.Gradients(model, ddp, micro_steps, cfg.deterministic),
@@ -361,7 +366,8 @@ def warm_up(run: Run):
     if run.compute.compiled:
         say("warm-up | compiling, once: about 20 s on a CPU, a minute or two on a GPU")
     started = time.perf_counter()
-    run.compute.try_pass(run.train_model, run.cfg.B, run.cfg.T)
+    with run.stop.compiling():
+        run.compute.try_pass(run.train_model, run.cfg.B, run.cfg.T)
     run.optimizer.zero_grad(set_to_none=True)
     say(f"warm-up | {time.perf_counter() - started:.1f} s")
     run.stop.poll()

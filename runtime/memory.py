@@ -3,9 +3,11 @@
 import re
 import resource
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 from runtime.command_line import UserError, say
 from runtime.device import Compute
@@ -104,10 +106,15 @@ def fit_batch(cfg, model, train_model, compute: Compute, reserved: int, world: W
 
 
 def fits(train_model, B: int, T: int, reserved: int, compute: Compute) -> bool:
-    """Try a forward and a backward pass on (B, T) tokens beside `reserved` allocated bytes."""
+    """Try a forward and a backward pass on (B, T) tokens beside `reserved` allocated bytes.
+
+    DDP exchanges no gradients here: a rank whose memory runs out would leave the others waiting.
+    """
+    exchange = train_model.no_sync() if isinstance(train_model, DDP) else nullcontext()
     try:
         room = torch.empty(reserved, dtype=torch.uint8, device=compute.device)
-        compute.try_pass(train_model, B, T)
+        with exchange:
+            compute.try_pass(train_model, B, T)
         del room
     except (RuntimeError, MemoryError) as e:
         if not out_of_memory(e):

@@ -6,12 +6,14 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 
 from runtime.command_line import UserError
-from runtime.world import World
+from runtime.world import COMPILE_SECONDS, World
 
 # Exit status of a run that was stopped and can be resumed (sysexits.h: EX_TEMPFAIL, "try again
 # later").
@@ -35,8 +37,8 @@ class Stop:
     that were ignored at start (nohup) stay ignored. Before `armed` is set there is nothing to save,
     and a signal raises Stopped at once. Outside the main thread Python allows no signal handlers:
     then none is set. A watchdog thread kills this process and its peers on this machine when poll()
-    was not called for `timeout` seconds: torchrun alone would give a hanging process, which cannot
-    answer its SIGTERM, another 30 s.
+    was not called for `timeout` seconds (see compiling()): torchrun alone would give a hanging
+    process, which cannot answer its SIGTERM, another 30 s.
     """
 
     def __init__(self, world: World, timeout: float, second_interrupt=signal.SIG_DFL):
@@ -44,6 +46,8 @@ class Stop:
         self.error: UserError | None = None
         self.armed = False
         self.last_poll = time.monotonic()
+        self.timeout = timeout
+        self.limit = timeout  # seconds without poll() at present
         self.interrupts = 0  # Ctrl-C received
         self.second_interrupt = second_interrupt  # what handles SIGINT once a run is stopping
         self.closed = threading.Event()
@@ -53,7 +57,7 @@ class Stop:
                 if signal.getsignal(number) != signal.SIG_IGN:
                     self.handlers_before[number] = signal.signal(number, self.on_signal)
         if world.world_size > 1:
-            watch = (world.rank, timeout, processes_of_this_machine(world))
+            watch = (world.rank, processes_of_this_machine(world))
             threading.Thread(target=self.watch, args=watch, daemon=True, name="watchdog").start()
 
     def on_signal(self, number: int, _frame):
@@ -86,7 +90,17 @@ class Stop:
             raise Stopped
         return bool(save_due)
 
-    def watch(self, rank: int, timeout: float, peers: list[int]):
+    @contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Inside the block let COMPILE_SECONDS pass without poll(): torch.compile calls none."""
+        self.limit = max(self.timeout, COMPILE_SECONDS)
+        try:
+            yield
+        finally:
+            self.last_poll = time.monotonic()
+            self.limit = self.timeout
+
+    def watch(self, rank: int, peers: list[int]):
         """Kill all processes of this machine when poll() was not called for too long (a thread)."""
         last_tick = time.monotonic()
         while not self.closed.wait(1):
@@ -94,12 +108,12 @@ class Stop:
             if now - last_tick > 10:  # the machine was suspended: do not count that as a hang
                 self.last_poll = now
             last_tick = now
-            if now - self.last_poll <= timeout:
+            if now - self.last_poll <= self.limit:
                 continue
             print(
-                f"error (rank {rank}): no progress for {timeout:g} s, a process hangs or is gone: "
-                "ending all on this machine; hint: a longer --group_timeout if a step may take "
-                "that long",
+                f"error (rank {rank}): no progress for {self.limit:g} s, "
+                "a process hangs or is gone: ending all on this machine; "
+                "hint: a longer --group_timeout if a step may take that long",
                 file=sys.stderr,
                 flush=True,
             )

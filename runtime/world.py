@@ -12,6 +12,10 @@ import torch.distributed as dist
 from runtime.command_line import UserError, say
 from runtime.device import keep_freed_memory, pick_device, use_deterministic_kernels
 
+# What a compilation may take before it counts as a hang: gpt2-xl on a machine of few cores may need
+# half of it.
+COMPILE_SECONDS = 3600
+
 
 class World(NamedTuple):
     """Where this process stands among those of the run."""
@@ -45,9 +49,9 @@ def join_world(device: str, timeout: float = 600, deterministic: bool = False) -
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
             device_id=chosen if on_gpu else None,
-            # later than the watchdog's limit (Stop), which gives the better message and also kills
-            # the hanging process
-            timeout=datetime.timedelta(seconds=timeout + 15),
+            # Later than the watchdog's limit (Stop), which gives the better message and also kills
+            # the hanging process. Ranks wait here for one that still compiles.
+            timeout=datetime.timedelta(seconds=max(timeout, COMPILE_SECONDS) + 15),
         )
     return World(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), chosen)
 

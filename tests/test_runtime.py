@@ -266,6 +266,28 @@ def test_the_first_reason_and_error_count(stop):
     assert stop.error is first
 
 
+def test_the_watchdog_waits_for_a_compilation(monkeypatch, capfd):
+    """It allows a silence of hours while something compiles, and --group_timeout after it."""
+    ended = threading.Event()
+    stop = Stop(world(), timeout=0.1)
+
+    def end(_status):
+        ended.set()
+        stop.stop_watching()
+
+    monkeypatch.setattr(os, "_exit", end)
+    watchdog = threading.Thread(target=stop.watch, args=(0, []), daemon=True)
+    try:
+        with stop.compiling():
+            watchdog.start()
+            assert not ended.wait(1.5)  # it looks once a second
+        assert ended.wait(5)
+    finally:
+        stop.close()
+        watchdog.join()
+    assert "no progress for 0.1 s" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("under_torchrun, presses", [(False, 1), (True, 2)])
 def test_ctrl_c_is_handled_otherwise_once_a_run_is_stopping(
     stop, monkeypatch, under_torchrun, presses
