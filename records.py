@@ -134,24 +134,29 @@ class Records:
         healthy: torch.Tensor,
         save_due: bool,
     ):
-        """Record an update; the device is read only when a line is due."""
+        """Record an update; the device is read only when a line is due or training pauses."""
         cfg = self.cfg
         waited, digest = self.loader.totals()
-        self.meter.waited += waited
-        self.meter.add(step, lr, loss, norm, healthy, digest)
+        self.meter.add(step, lr, torch.stack([loss, norm, healthy.float()]), waited, digest)
         if step == self.start_step + 1 and self.saver:
             self.saver.reserve()
-        intervals = cfg.log_interval, cfg.save_interval, cfg.eval_interval, cfg.sample_interval
-        if save_due or step == cfg.max_steps or any(step % n == 0 for n in intervals):
+        pauses = cfg.save_interval, cfg.eval_interval, cfg.sample_interval
+        if save_due or step == cfg.max_steps or any(step % n == 0 for n in pauses):
             self.meter.flush()
-            if self.meter.skipped_in_a_row >= cfg.max_skipped:
-                self.stop.ask(
-                    UserError(
-                        f"{self.meter.skipped_in_a_row} steps in a row skipped up to step {step}, "
-                        "their loss or gradient is NaN or infinite; hint: a lower --max_lr under a "
-                        f"new --run_name, with --init_from {cfg.checkpoint_dir}"
-                    )
-                )
+        if self.meter.skipped_in_a_row >= cfg.max_skipped:
+            self.stop.ask(self.too_many_skipped())
+
+    def too_many_skipped(self) -> UserError:
+        """Return the error that ends a run whose loss or gradient stays NaN or infinite."""
+        on_gpu = ""
+        if self.world.device.type == "cuda":
+            on_gpu = "; or, first, TORCH_CUDNN_SDPA_DEPRIORITIZED=1 (notes/running.md)"
+        return UserError(
+            f"{self.meter.skipped_in_a_row} steps in a row skipped up to step "
+            f"{self.meter.last_read}, their loss or gradient is NaN or infinite; "
+            "hint: a lower --max_lr under a new --run_name, with --init_from "
+            f"{self.cfg.checkpoint_dir}{on_gpu}"
+        )
 
     def measure_bigram(self, val_data: shards.Windows):
         """Log the loss of counting pairs of tokens, a loss to beat; small data only."""

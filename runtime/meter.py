@@ -1,4 +1,8 @@
-"""Loss, gradient norm and speed of each step: read from the device together, when a line is due."""
+"""Loss, gradient norm and speed of each step: read from the device together, when a line is due.
+
+A GPU would idle while the host waits for the numbers of the step that it has just begun. So they
+are copied in the background, and read when the next step has been launched, too.
+"""
 
 import math
 import time
@@ -13,11 +17,13 @@ from runtime.world import World, sum_over_ranks
 
 
 class Pending(NamedTuple):
-    """A step whose numbers are still on the device."""
+    """A step whose numbers have not been read yet."""
 
     step: int
     lr: float
     numbers: torch.Tensor  # (3,): loss, gradient norm, 1 if the update was made
+    copied: torch.cuda.Event | None  # on a GPU: reached when the numbers are in host memory
+    waited: float  # seconds that training waited for data
     digest: int  # of this process's part of the batch
 
 
@@ -29,7 +35,7 @@ class Pause(NamedTuple):
 
 
 class Meter:
-    """Times steps and logs them; reads the device once for all steps since the last line."""
+    """Times steps and logs them; reads their numbers once for all steps since the last line."""
 
     def __init__(self, cfg, flops_per_token: float, world: World, log: RunLog):
         self.cfg = cfg
@@ -37,57 +43,66 @@ class Meter:
         self.world = world
         self.log = log
         self.peak = peak_flops(world.device)
-        self.skipped_in_a_row = 0  # steps skipped since the last good one
+        # a step is read when so many have been launched behind it
+        self.late = 1 if world.device.type == "cuda" else 0
+        self.pending: list[Pending] = []
+        self.last_read = 0  # the last step that was logged
+        self.skipped_in_a_row = 0  # steps skipped up to it, since the last good one
         self.pauses: dict[str, Pause] = {}  # what interrupts training from time to time
         self.restart()
 
     def restart(self):
         """Start the clock: what came before (saving, evaluating, sampling) does not count."""
-        self.pending: list[Pending] = []
         self.started = time.perf_counter()
-        self.waited = 0.0  # seconds that training waited for data
 
-    def add(
-        self,
-        step: int,
-        lr: float,
-        loss: torch.Tensor,
-        norm: torch.Tensor,
-        healthy: torch.Tensor,
-        digest: int,
-    ):
-        """Keep the numbers of a step until flush()."""
-        numbers = torch.stack([loss, norm, healthy.float()])
-        self.pending.append(Pending(step, lr, numbers, digest % 2**64))
+    def add(self, step: int, lr: float, numbers: torch.Tensor, waited: float, digest: int):
+        """Take a step that has been launched; log those before it whose line is due.
 
-    def flush(self):
-        """Log the pending steps, and print a line for the last of them."""
-        if not self.pending:
+        numbers (3,): its loss, gradient norm, and 1 if the update was made, on the device.
+        """
+        copied = None
+        if numbers.is_cuda:
+            numbers = numbers.to("cpu", non_blocking=True)  # into pinned memory
+            copied = torch.cuda.Event()
+            copied.record()
+        self.pending.append(Pending(step, lr, numbers, copied, waited, digest % 2**64))
+        if (step - self.late) % self.cfg.log_interval == 0:
+            self.flush(step - self.late)
+
+    def flush(self, last_step: float = math.inf):
+        """Log the pending steps up to last_step, and print a line for the last of them."""
+        steps = [p for p in self.pending if p.step <= last_step]
+        if not steps:
             return
-        cfg, n = self.cfg, len(self.pending)
-        numbers = torch.stack([p.numbers for p in self.pending]).tolist()  # the host waits here
-        dt = (time.perf_counter() - self.started) / n
+        self.pending = self.pending[len(steps) :]
+        cfg, n = self.cfg, len(steps)
+        if steps[-1].copied:
+            steps[-1].copied.synchronize()
+        numbers = torch.stack([p.numbers for p in steps]).tolist()  # a CPU or MPS waits here
+        now = time.perf_counter()
+        dt = (now - self.started) / n
+        self.started = now
         tok_s = cfg.total_batch / dt
         mfu = None
         if self.peak:
             mfu = tok_s * self.flops_per_token / (self.peak * self.world.world_size)
         speed = {
             "dt_ms": dt * 1e3,
-            "data_ms": self.waited / n * 1e3,
+            "data_ms": sum(p.waited for p in steps) / n * 1e3,
             "tok_s": tok_s,
             "mfu": mfu,
         }
-        hashes = self.batch_hashes() if cfg.batch_hashes else [{}] * n
-        for step, (loss, norm, healthy), batch_hash in zip(self.pending, numbers, hashes):
+        hashes = self.batch_hashes(steps) if cfg.batch_hashes else [{}] * n
+        for step, (loss, norm, healthy), batch_hash in zip(steps, numbers, hashes):
             record = self.record(step, loss, norm, bool(healthy)) | batch_hash
             self.log.write(record | speed)
-        last = self.pending[-1]
+        last = steps[-1]
+        self.last_read = last.step
         say(
             f"step {last.step}/{cfg.max_steps} | loss {loss:.4f} | lr {last.lr:.2e} | "
             f"grad norm {norm:.2f} | {dt * 1e3:.0f} ms | {tok_s:,.0f} tok/s"
             f"{f' | mfu {mfu:.1%}' if mfu else ''} | {duration(self.remaining(last.step, dt))} left"
         )
-        self.restart()
 
     def paused(self, name: str, interval: int, seconds: float):
         """Note how long an evaluation, a sampling or a save took, and start the clock again."""
@@ -127,9 +142,9 @@ class Meter:
             "windows": windows,
         }
 
-    def batch_hashes(self) -> list[dict]:
+    def batch_hashes(self, steps: list[Pending]) -> list[dict]:
         """Sum the digests over the ranks modulo 2**64, in halves so that nothing overflows."""
-        halves = [[p.digest >> 32, p.digest & 0xFFFFFFFF] for p in self.pending]
+        halves = [[p.digest >> 32, p.digest & 0xFFFFFFFF] for p in steps]
         sums = sum_over_ranks(torch.tensor(halves)).tolist()
         return [{"batch_hash": f"{((high << 32) + low) % 2**64:016x}"} for high, low in sums]
 

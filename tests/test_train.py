@@ -21,6 +21,7 @@ from conftest import (
     decisive,
     files,
     options,
+    poisoned,
     run,
     weights,
     write_shards,
@@ -33,7 +34,8 @@ from model import GPT
 from preflight import problems
 from runtime import checkpoint
 from runtime.command_line import UserError
-from runtime.runlog import read_metrics
+from runtime.meter import Meter
+from runtime.runlog import RunLog, read_metrics
 from runtime.stop import SIGNALS, Stopped
 
 
@@ -98,6 +100,69 @@ def test_a_run_leaves_what_the_readme_says(train, tmp_path):
     assert "step 40/40 | loss" in out and "tok/s" in out and "left" in out
     _, out = train("gpt2-rope --eval_only True --init_from", run_dir)
     assert f"val loss {val_losses(records)[-1]:.4f}" in out
+
+
+@pytest.fixture
+def read_late(monkeypatch):
+    """Read the numbers of each step when the next one has been launched, as on a GPU."""
+    make = Meter.__init__
+
+    def make_late(meter, *args):
+        make(meter, *args)
+        meter.late = 1
+
+    monkeypatch.setattr(Meter, "__init__", make_late)
+
+
+def lines_of(records: list[dict]) -> list[tuple]:
+    """Return the lines of metrics.jsonl in their order, without times and records of saving."""
+    keys = options("step train/loss train/lr train/norm batch_hash skipped windows val/loss")
+    return [tuple(r.get(key) for key in keys) for r in records if "save_ms" not in r]
+
+
+@pytest.mark.parametrize("log_interval", [1, 3])
+def test_a_gpu_is_read_one_step_late_with_the_same_records(
+    train, fast_curves, log_interval, request
+):
+    """The same lines in the same order: nothing is pending when training pauses or ends."""
+    words = f"gpt2-rope --max_steps 11 --log_interval {log_interval} --batch_hashes True"
+    words += " --eval_interval 4 --save_interval 5 --warmup_steps 2"
+    with poisoned({3, 8}):
+        at_once, printed_at_once = train(words, name="at_once")
+    request.getfixturevalue("read_late")
+    with poisoned({3, 8}):
+        late, printed_late = train(words, name="late")
+    assert lines_of(late) == lines_of(at_once)
+    assert printed_late.count("| loss") == printed_at_once.count("| loss")
+
+
+def test_a_step_is_logged_when_the_next_one_has_been_launched(read_late, train):
+    """Only then: the device has work while the host waits. Not where training pauses."""
+    logged = {}
+
+    def count(step):
+        logged[step] = [line["step"] for line in written if "train/loss" in line]
+
+    written = []
+    write = RunLog.write
+
+    def write_and_note(log, record):
+        written.append(record)
+        write(log, record)
+
+    with pytest.MonkeyPatch.context() as patch, at_step(count):
+        patch.setattr(RunLog, "write", write_and_note)
+        train("gpt2-rope --max_steps 6 --eval_interval 3")
+    assert logged == {0: [], 1: [], 2: [1], 3: [1, 2, 3], 4: [1, 2, 3], 5: [1, 2, 3, 4]}
+
+
+def test_many_bad_steps_stop_a_late_run_one_step_later(read_late, train_here, data, tmp_path):
+    places = options("--data_root", data, "--log_dir", tmp_path, "--run_name r")
+    words = "--max_steps 20 --max_skipped 3 --eval_interval 100"
+    error = "3 steps in a row skipped up to step 7"
+    with poisoned(range(5, 21)), pytest.raises(UserError, match=error):
+        train_here("gpt2-rope", *TINY, *places, words)
+    assert checkpoint.find(tmp_path / "r").step == 8
 
 
 def test_it_learns(train, tmp_path):
