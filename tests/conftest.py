@@ -115,12 +115,26 @@ SMALL = dict(
 TINY = tuple(options(*(f"--{name} {value}" for name, value in SMALL.items())))
 
 
+# starts scripts under torchrun: what NCCL refuses then fails under gloo, too
+STRICT_GROUP = ROOT / "tests" / "strict_group.py"
+
+
+def torchrun(*args) -> list[str]:
+    """Return the command `torchrun args` in whose strict group a script runs (strict_group.py).
+
+    args: torchrun's options, the script, the script's options.
+    """
+    words = list(map(str, args))
+    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    words.insert(script, str(STRICT_GROUP))
+    return [sys.executable, "-m", "torch.distributed.run", *words]
+
+
 def python(*args, nproc: int = 0) -> list[str]:
     """Return the command `python args`, or with nproc torchrun's for so many gloo ranks."""
-    torchrun = []
     if nproc:
-        torchrun = options("-m torch.distributed.run --standalone", f"--nproc_per_node={nproc}")
-    return [sys.executable, *torchrun, *map(str, args)]
+        return torchrun("--standalone", f"--nproc_per_node={nproc}", *args)
+    return [sys.executable, *map(str, args)]
 
 
 def run(

@@ -32,6 +32,7 @@ from conftest import (
     poisoned,
     python,
     run,
+    torchrun,
     weights,
     write_shards,
 )
@@ -376,9 +377,9 @@ def test_one_two_four_and_one_rank(command, tmp_path):
     assert losses(plain) == pytest.approx(losses(one), abs=1e-5)
 
 
-def torchrun(output: Path, *args, **env) -> subprocess.Popen:
+def start_torchrun(output: Path, *args, **env) -> subprocess.Popen:
     """Start torchrun with two ranks, in the background."""
-    words = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *args)
+    words = torchrun("--standalone", "--nproc_per_node=2", *args)
     with open(output, "w") as f:
         return subprocess.Popen(
             words, cwd=ROOT, stdout=f, stderr=subprocess.STDOUT, env=os.environ | env
@@ -418,7 +419,7 @@ def test_torchrun_stopped_killed_and_hung(command, tmp_path):
     assert alone.returncode == 0, alone.stderr
     words += ["--run_name", "r"]
     output = tmp_path / "1.txt"
-    first = torchrun(output, *words)
+    first = start_torchrun(output, *words)
     wait_for(first, output, "step 30/")
     started = time.monotonic()
     first.send_signal(signal.SIGTERM)
@@ -426,7 +427,8 @@ def test_torchrun_stopped_killed_and_hung(command, tmp_path):
     assert time.monotonic() - started < 20
     assert "interrupted by SIGTERM at step" in output.read_text()
     output = tmp_path / "2.txt"
-    second = torchrun(output, "--max-restarts", "3", *words, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    restarts = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    second = start_torchrun(output, "--max-restarts", "3", *words, **restarts)
     wait_for(second, output, "step 150/")
     os.kill(ranks(second)[1], signal.SIGKILL)
     wait_for(second, output, "step 250/")
@@ -455,10 +457,10 @@ def test_two_launches_from_two_directories(clone, command, tmp_path):
     def launch_both():
         nodes = []
         for rank, folder in enumerate((clone, tmp_path / "second")):
-            torchrun = options("-m torch.distributed.run --nproc_per_node=1 --nnodes=2")
             address = options("--master_addr=127.0.0.1", f"--master_port={port}")
+            places = options("--nproc_per_node=1 --nnodes=2", f"--node_rank={rank}")
             node = subprocess.Popen(
-                python(*torchrun, *address, f"--node_rank={rank}", *words),
+                torchrun(*places, *address, *words),
                 cwd=folder,
                 text=True,
                 stdout=subprocess.PIPE,

@@ -7,6 +7,7 @@ import math
 import multiprocessing
 
 import pytest
+import strict_group
 import torch
 import torch.distributed as dist
 from test_optim import TINY, give_gradients
@@ -181,6 +182,7 @@ def two_steps(rank: int, world_size: int, rendezvous: str, path: str):
     """Make two steps on gradients that all processes have; save weights and state (a process)."""
     torch.set_num_threads(1)
     if world_size > 1:
+        strict_group.install()
         dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
     tensors = {}
     for dtype in (torch.float32, torch.bfloat16):

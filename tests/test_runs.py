@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, write_shards
+from conftest import ROOT, STRICT_GROUP, TINY, write_shards
 
 SCRIPTS = sorted((ROOT / "runs").glob("*.sh"))
 STEPS = 8
@@ -39,18 +39,26 @@ def repository(folder: Path) -> Path:
 def replace_programs(folder: Path, options: dict[str, list], **scripts: str) -> dict[str, str]:
     """Write programs into a folder; return the environment in which they are found first.
 
-    python and torchrun run the real ones, with options added to those of a script. pip does
-    nothing. scripts: further programs, in bash.
+    python and torchrun run the real ones, with options added to those of a script; torchrun in a
+    strict group. pip does nothing. scripts: further programs, in bash.
     """
     cases = ""
     for script, added in options.items():
         words = " ".join(f"'{word}'" for word in added)
         cases += f"*' {script} '*) set -- \"$@\" {words} ;;\n"
     add_options = f'case " $* " in\n{cases}esac\n'
+    strict_words = (
+        "words=()\n"
+        'for word in "$@"; do\n'
+        f"    if [[ $word == *.py ]]; then words+=('{STRICT_GROUP}'); fi\n"
+        '    words+=("$word")\n'
+        "done\n"
+    )
+    start = f'exec {sys.executable} -m torch.distributed.run "${{words[@]}}"\n'
     programs = {
         "pip": 'echo pip "$@"\n',
         "python": f'{add_options}exec {sys.executable} "$@"\n',
-        "torchrun": f'{add_options}exec {sys.executable} -m torch.distributed.run "$@"\n',
+        "torchrun": add_options + strict_words + start,
     }
     folder.mkdir()
     for name, text in (programs | scripts).items():
