@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 # before torch is imported: at tiny sizes a second thread only waits
@@ -173,6 +174,19 @@ def train_here(monkeypatch, capsys):
         return status, capsys.readouterr().out
 
     return train
+
+
+@pytest.fixture(scope="session")
+def fake_gpu(tmp_path_factory):
+    """fake_gpu(script, *args) returns what a script of tests/fake_gpu prints on its fake GPU."""
+    sys.path.append(str(ROOT / "tests" / "fake_gpu"))
+    import guard
+
+    if guard.missing():
+        pytest.skip(guard.missing())
+    library = tmp_path_factory.mktemp("fake_gpu") / "guard.so"
+    guard.build_guard(library)
+    return partial(guard.run_with_guard, library)
 
 
 @pytest.fixture

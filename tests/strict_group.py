@@ -20,8 +20,9 @@ import torch.distributed as dist
 CPU = torch.device("cpu")
 # All functions of torch.distributed that hand the caller's tensors to the back end.
 COLLECTIVES = (
-    "all_gather all_gather_into_tensor all_reduce all_to_all all_to_all_single broadcast gather "
-    "irecv isend recv reduce reduce_scatter reduce_scatter_tensor scatter send"
+    "all_gather all_gather_into_tensor all_gather_single all_reduce all_to_all all_to_all_single "
+    "broadcast gather irecv isend recv reduce reduce_scatter reduce_scatter_single "
+    "reduce_scatter_tensor scatter send"
 ).split()
 # ProcessGroupNCCL.cpp, getNcclDataType, torch 2.13, without the 8-bit floats
 NCCL_TYPES = (
@@ -86,7 +87,7 @@ def strict(name: str, collective: Callable) -> Callable:
 
 def install():
     """Make every process group of this process strict."""
-    for name in COLLECTIVES:
+    for name in [name for name in COLLECTIVES if hasattr(dist, name)]:
         setattr(dist, name, strict(name, getattr(dist, name)))
 
 
