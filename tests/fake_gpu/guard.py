@@ -40,7 +40,7 @@ def run_with_guard(library: Path, script: str, *args) -> list[str]:
     """Return the lines that a script of this folder prints, in a process without a real GPU."""
     environment = {
         "FAKE_CUDA_GUARD": str(library),
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "CUDA_VISIBLE_DEVICES": "",
     }
     done = subprocess.run(
