@@ -1,0 +1,81 @@
+"""python -m pytest tests/test_ddp_compile.py [-m slow]
+
+DistributedDataParallel around a compiled model, which the compiler cuts into DDP's buckets.
+"""
+
+import json
+
+import pytest
+from conftest import ROOT, SMALL, run, write_shards
+
+import config
+import train_gpt2
+
+# 36 MB of weights: DDP's buckets hold 25 MiB
+SIZE = {"n_embd": 256, "vocab_size": 29696, "total_batch": 256, "B": 2}
+# Runs of the same two processes; rank 0 prints a line for each: its log, and how many graphs were
+# compiled
+SCRIPT = """
+import json, sys, torch, torch.distributed as dist
+import compare, config, train_gpt2
+from torch._dynamo.backends.registry import lookup_backend
+
+compare.curves = lambda run_dir: None  # takes 0.2 s each time
+backend, runs = json.loads(sys.argv[1])
+compile_graph = lookup_backend(backend)
+compile_model = torch.compile
+
+def compile_and_count(graph, inputs):
+    counts["training" if torch.is_grad_enabled() else "evaluation"] += 1
+    return compile_graph(graph, inputs)
+
+def compile_counted(model, **options):
+    return compile_model(model, backend=compile_and_count, **options)
+
+torch.compile = compile_counted
+for changes in runs:
+    counts = {"training": 0, "evaluation": 0}
+    result = train_gpt2.train(config.preset("gpt2-rope", **changes))
+    if dist.get_rank() == 0:
+        print("RESULT", json.dumps([result.records, counts]), flush=True)
+dist.destroy_process_group()
+"""
+
+
+def losses(records: list[dict]) -> list[float]:
+    return [r[key] for r in records for key in ("train/loss", "val/loss") if key in r]
+
+
+# (B, recompute)
+FEW = ((2, False), ("auto", True))
+ALL = (*FEW, (2, True), ("auto", False))
+
+
+@pytest.mark.parametrize(
+    "backend, cases", [("aot_eager", FEW), pytest.param("inductor", ALL, marks=pytest.mark.slow)]
+)
+def test_ddp_around_a_compiled_model_equals_one_plain_process(tmp_path, backend, cases):
+    """The same losses with --B fixed and auto, with and without --recompute, on two ranks.
+
+    The graph is cut in all of them, alike: gradients are sent while others are computed.
+    """
+    data = write_shards(tmp_path / "data", {"train": [6000, 4000], "val": [2000]}, ids=512)
+    common = SMALL | SIZE | {"data_root": str(data), "log_dir": str(tmp_path), "max_steps": 2}
+    runs = []
+    for B, recompute in cases:
+        name = f"{B}-{recompute}"
+        own = {"B": B, "recompute": recompute, "run_name": name, "use_compile": True}
+        runs.append(common | own)
+    script = tmp_path / "train_all.py"
+    script.write_text(SCRIPT)
+    arguments = json.dumps([backend, runs])
+    done = run(script, arguments, nproc=2, env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    results = [json.loads(line.removeprefix("RESULT")) for line in lines]
+    plain = train_gpt2.train(config.preset("gpt2-rope", **common, run_name="plain"))
+    expected = losses(plain.records)
+    assert len(expected) == 4
+    for changes, (records, counts) in zip(runs, results, strict=True):
+        assert losses(records) == pytest.approx(expected, abs=2e-5), changes["run_name"]
+        assert counts["training"] > 2, changes["run_name"]
