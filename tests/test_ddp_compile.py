@@ -4,6 +4,7 @@ DistributedDataParallel around a compiled model, which the compiler cuts into DD
 """
 
 import json
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, SMALL, run, write_shards
@@ -51,6 +52,26 @@ FEW = ((2, False), ("auto", True))
 ALL = (*FEW, (2, True), ("auto", False))
 
 
+def train_all(folder: Path, backend: str, runs: dict[str, dict], nproc: int) -> dict[str, tuple]:
+    """Train settings by run name under DDP; return log and numbers of graphs of each."""
+    script = folder / "train_all.py"
+    script.write_text(SCRIPT)
+    changes = [settings | {"run_name": name} for name, settings in runs.items()]
+    arguments = json.dumps([backend, changes])
+    done = run(script, arguments, nproc=nproc, env={"PYTHONPATH": str(ROOT)}, timeout=600)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    results = [json.loads(line.removeprefix("RESULT")) for line in lines]
+    return dict(zip(runs, results, strict=True))
+
+
+def settings_of(folder: Path, device: str = "cpu") -> dict:
+    """Write shards, and return what all runs of this file have in common."""
+    data = write_shards(folder / "data", {"train": [6000, 4000], "val": [2000]}, ids=512)
+    places = {"data_root": str(data), "log_dir": str(folder), "device": device}
+    return SMALL | SIZE | places | {"max_steps": 2}
+
+
 @pytest.mark.parametrize(
     "backend, cases", [("aot_eager", FEW), pytest.param("inductor", ALL, marks=pytest.mark.slow)]
 )
@@ -59,23 +80,15 @@ def test_ddp_around_a_compiled_model_equals_one_plain_process(tmp_path, backend,
 
     The graph is cut in all of them, alike: gradients are sent while others are computed.
     """
-    data = write_shards(tmp_path / "data", {"train": [6000, 4000], "val": [2000]}, ids=512)
-    common = SMALL | SIZE | {"data_root": str(data), "log_dir": str(tmp_path), "max_steps": 2}
-    runs = []
+    common = settings_of(tmp_path)
+    runs = {}
     for B, recompute in cases:
-        name = f"{B}-{recompute}"
-        own = {"B": B, "recompute": recompute, "run_name": name, "use_compile": True}
-        runs.append(common | own)
-    script = tmp_path / "train_all.py"
-    script.write_text(SCRIPT)
-    arguments = json.dumps([backend, runs])
-    done = run(script, arguments, nproc=2, env={"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    results = [json.loads(line.removeprefix("RESULT")) for line in lines]
+        own = {"B": B, "recompute": recompute, "use_compile": True}
+        runs[f"{B}-{recompute}"] = common | own
+    results = train_all(tmp_path, backend, runs, nproc=2)
     plain = train_gpt2.train(config.preset("gpt2-rope", **common, run_name="plain"))
     expected = losses(plain.records)
     assert len(expected) == 4
-    for changes, (records, counts) in zip(runs, results, strict=True):
-        assert losses(records) == pytest.approx(expected, abs=2e-5), changes["run_name"]
-        assert counts["training"] > 2, changes["run_name"]
+    for name, (records, counts) in results.items():
+        assert losses(records) == pytest.approx(expected, abs=2e-5), name
+        assert counts["training"] > 2, name

@@ -6,6 +6,7 @@ Every preset on two ranks of a process group that refuses what NCCL refuses (str
 import json
 import re
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,8 +26,9 @@ compare.curves = lambda run_dir: None  # takes 0.2 s each time
 for name, changes in json.loads(sys.argv[1]):
     error = None
     try:
-        result = train_gpt2.train(config.preset(name, **changes))
-        assert result.finished and result.step == 3
+        cfg = config.preset(name, **changes)
+        result = train_gpt2.train(cfg)
+        assert result.finished and result.step == cfg.max_steps
     except Exception as e:
         error = f"{type(e).__name__}: {e}"
     if dist.get_rank() == 0:
@@ -41,31 +43,38 @@ dist.destroy_process_group()
 RUNS = [*product(PRESETS, [False]), ("gpt2-rope", True), ("gpt2-modern", True)]
 
 
+def train_all(folder: Path, runs: list[tuple[str, dict]], nproc: int) -> dict[str, str | None]:
+    """Train presets with changes in one strict group; return the error of each by run name."""
+    script = folder / "train_all.py"
+    script.write_text(SCRIPT)
+    done = run(script, json.dumps(runs), nproc=nproc, env={"PYTHONPATH": str(ROOT)})
+    lines = [line for line in done.stdout.splitlines() if line.startswith("OUTCOME")]
+    errors = dict(json.loads(line.removeprefix("OUTCOME")) for line in lines)
+    for _, changes in runs:
+        errors.setdefault(changes["run_name"], f"did not end: {done.stderr}")
+    return errors
+
+
+def train_presets(folder: Path, nproc: int, device: str) -> dict[str, str | None]:
+    """Train all RUNS, tiny, for three steps; return the error of each by run name."""
+    data = write_shards(folder / "data", {"train": [6000, 4000], "val": [2000]}, ids=512)
+    places = {"data_root": str(data), "log_dir": str(folder), "device": device}
+    runs = []
+    for preset, deterministic in RUNS:
+        name = f"{preset}-deterministic" if deterministic else preset
+        own = {"run_name": name, "deterministic": deterministic, "epochs": None, "max_steps": 3}
+        runs.append((preset, SMALL | places | own))
+    return train_all(folder, runs, nproc)
+
+
 def test_every_preset_calls_collectives_as_nccl_demands(tmp_path):
     """Three steps of each on two ranks: contiguous tensors, on one device, of types NCCL has.
 
     The control: a strided tensor, which gloo would take, ends a run.
     """
-    data = write_shards(tmp_path / "data", {"train": [6000, 4000], "val": [2000]}, ids=512)
-    runs = []
-    for preset, deterministic in RUNS:
-        changes = SMALL | {
-            "data_root": str(data),
-            "log_dir": str(tmp_path),
-            "run_name": f"{preset}-deterministic" if deterministic else preset,
-            "deterministic": deterministic,
-            "epochs": None,
-            "max_steps": 3,
-        }
-        runs.append((preset, changes))
-    script = tmp_path / "train_all.py"
-    script.write_text(SCRIPT)
-    done = run(script, json.dumps(runs), nproc=2, env={"PYTHONPATH": str(ROOT)})
-    lines = [line for line in done.stdout.splitlines() if line.startswith("OUTCOME")]
-    errors = dict(json.loads(line.removeprefix("OUTCOME")) for line in lines)
-    strided = errors.pop("strided", done.stderr)
-    assert strided == "Tensors must be contiguous: all_reduce (3, 2) strides (1, 3)"
-    assert errors == dict.fromkeys(changes["run_name"] for _, changes in runs)
+    errors = train_presets(tmp_path, 2, "cpu")
+    assert errors.pop("strided") == "Tensors must be contiguous: all_reduce (3, 2) strides (1, 3)"
+    assert errors == dict.fromkeys(errors)
 
 
 @pytest.mark.parametrize(
