@@ -19,7 +19,7 @@ from bench.common import REPO, Side, alternate
 from bench.hellaswag import other_choices
 from bench.loader import BASELINE, BaselineLoader, open_windows, sparse_shards
 from bench.step import BASELINES, StepPart, peak_memory
-from bench.suite import SuitePart, run_variants
+from bench.suite import SuitePart, describe_machine, run_tests, run_variants
 from bench.transformers_gpt2 import transformers_gpt2
 from config import preset
 from runtime.command_line import UserError, parse
@@ -300,10 +300,34 @@ def test_the_command_lines_of_the_suite_are_understood():
 
 
 def test_the_suite_continues_after_a_failure(tmp_path, capsys):
-    """Each result is a line of the file; a failure is reported, and the next part follows."""
+    """Each result is a line of the file; a failure is one, too, and the next part follows."""
     path = tmp_path / "out" / "bench.jsonl"
-    results, failed = run_variants([["loader", "--tokens", "100"], LOADER], path)
-    assert failed == ["loader --tokens 100"]
-    assert [json.loads(line) for line in path.read_text().splitlines()] == results
+    variants = [["loader", "--tokens", "100"], LOADER]
+    results, failed, not_run = run_variants(variants, path, time.monotonic() + 600)
+    assert failed == ["loader --tokens 100"] and not_run == []
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines == [{"part": "loader", "command": variants[0], "failed": 2}, *results]
     assert results[0]["part"] == "loader"
     assert capsys.readouterr().out.splitlines()[-1] == "failed | loader --tokens 100"
+
+
+def test_the_suite_ends_in_time(tmp_path, capsys):
+    """What is left when the time is up is named, and not run."""
+    results = run_variants([LOADER], tmp_path / "bench.jsonl", time.monotonic() - 1)
+    assert results == ([], [], [" ".join(LOADER)])
+    assert capsys.readouterr().out == f"not run | {' '.join(LOADER)}\n"
+
+
+def test_the_suite_begins_with_the_machine():
+    """Versions, hardware, and the kernels that attention runs."""
+    machine = describe_machine("cpu")
+    assert machine["torch"] == torch.__version__
+    assert any("attention" in name for name in machine["attention"])
+    json.dumps(machine)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="takes minutes on a machine with a GPU")
+def test_the_suite_counts_its_tests():
+    """Without a GPU all of them are skipped, none has failed."""
+    result = run_tests()
+    assert result["failed"] == [] and result["skipped"] > 20 and "passed" not in result
