@@ -156,8 +156,7 @@ class TrainConfig(
 ):
     """One training run: all settings, flat. The defaults are the preset gpt2-baseline.
 
-    Batch and length are about those of GPT-3 small: 2**19 tokens per step, a warm-up of 375M tokens
-    (715 steps), and 10B tokens in all (19,073 steps).
+    As GPT-3 small: 2**19 tokens per step, 715 warm-up steps (375M tokens). 19,073 steps: 10B.
     """
 
     preset: str = "gpt2-baseline"  # the first word of the command line
@@ -175,8 +174,7 @@ class TrainConfig(
 # --------------------------------------------------------------------------------------------------
 # Presets: (the preset it builds on, what differs). Published figures: FineWeb-Edu sample-10BT,
 # 4xH100, one seed each, minimum validation loss and maximum HellaSwag acc_norm over the run's
-# evaluations. On 4 GPUs:
-#     torchrun --standalone --nproc_per_node=4 train_gpt2.py PRESET
+# evaluations.
 
 PRESETS: dict[str, tuple[str | None, dict]] = {
     # python train_gpt2.py: Shakespeare on any machine, 5 minutes on two CPU cores, val loss 5.0
@@ -333,7 +331,6 @@ def fit_warmup(cfg: TrainConfig, notes: list[str]) -> TrainConfig:
 # What settings are called elsewhere, and here.
 ADVICE = {
     "batch_size": "tokens per optimizer step are --total_batch, rows per micro-batch --B",
-    "gradient_accumulation_steps": "it follows from --total_batch, --B and the number of GPUs",
     "learning_rate": "it is --max_lr here",
     "lr": "it is --max_lr here",
     "max_iters": "it is --max_steps here",

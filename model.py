@@ -2,10 +2,12 @@
 
 arch "gpt2": the model of "Language Models are Unsupervised Multitask Learners" (Radford et al.
 2019) without dropout: pre-norm blocks, biases, learned positions, tanh-GELU, head tied to the token
-embedding. arch "modern": the changes that the modded-nanogpt records kept; computes the same
-numbers as transformers' NanoChatForCausalLM: RMSNorm without gains, also after the embedding and,
-behind RoPE, on queries and keys; ReLU^2; no biases; output projections and the untied head
-initialised to zero; logits soft-capped.
+embedding.
+
+arch "modern": the changes that the modded-nanogpt records kept. It computes the same numbers as
+transformers' NanoChatForCausalLM: RMSNorm without gains, also after the embedding and, behind RoPE,
+on queries and keys; ReLU^2; no biases; output projections and untied head start at zero; logits
+soft-capped.
 
 Letters in the shape comments:
     B  sequences in a micro-batch     C  n_embd, width of the residual stream
@@ -13,8 +15,7 @@ Letters in the shape comments:
     V  vocab_size (rows, padded)      D  C / H, width of a head
     S  slots of a KVCache that attention reads
 
-Depends on torch alone. Data, optimizers and Hugging Face live elsewhere (shards.py, optim.py,
-hf.py).
+Depends on torch alone.
 """
 
 import math

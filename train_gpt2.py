@@ -41,7 +41,7 @@ import optim
 import records
 import shards
 from evaluate import Evaluator
-from kernels.attention import install_cpu_attention
+from kernels.compute import start_computing
 from model import GPT, GPTConfig
 from preflight import Data, check, print_plan
 from runtime import checkpoint
@@ -49,10 +49,8 @@ from runtime.checkpoint import Checkpoint
 from runtime.device import (
     Compute,
     autocast_dtype,
-    choose_compute,
     not_deterministic,
     torch_settings_restored,
-    use_deterministic_kernels,
 )
 from runtime.memory import fit_batch, out_of_memory
 from runtime.runlog import read_metrics
@@ -274,7 +272,7 @@ def evaluate_only(
     """Evaluate a model once (--eval_only)."""
     if resume_from:
         checkpoint.restore(resume_from, model)
-    compute = start_computing(cfg, model, world)
+    compute = start_computing(cfg, model, world.device)
     if cfg.B == "auto":
         with stop.compiling():
             B = fit_batch(cfg, model, model, compute, 0, world)
@@ -283,19 +281,6 @@ def evaluate_only(
     record = Evaluator(cfg, model, val_data, compute, world, stop)(step)
     log = [record] if world.rank == 0 else []
     return Result(model, record["val/loss"], log, step, True)
-
-
-def start_computing(cfg: TrainConfig, model: GPT, world: World) -> Compute:
-    """Choose number type and compiler for a model, before it is compiled."""
-    torch.set_float32_matmul_precision("high")  # TF32 for the few float32 matmuls on a GPU
-    if cfg.use_compile:
-        torch.compiler.reset()  # forget models of earlier runs in this process: there is a limit
-    compute = choose_compute(world.device, cfg.dtype, cfg.use_compile)
-    if compute.compiled and world.device.type == "cpu":
-        # costs no time on a CPU; without it two threads sum the embedding's gradient in any order
-        use_deterministic_kernels(world.device)
-        install_cpu_attention(model, compute.dtype)
-    return compute
 
 
 def set_up(
@@ -312,7 +297,7 @@ def set_up(
     if resume_from:
         checkpoint.restore(resume_from, model, optimizer)
     stop.poll()
-    compute = start_computing(cfg, model, world)
+    compute = start_computing(cfg, model, world.device)
     train_model = compute.compile(model)
     ddp = None
     if dist.is_initialized() and not cfg.deterministic:  # which sums gradients itself, in order
