@@ -15,7 +15,7 @@ import tyro
 from runtime.command_line import UserError, near, parse
 
 # --------------------------------------------------------------------------------------------------
-# Settings, in groups. Their comments are what --help shows.
+# Settings in groups; --help shows their comments
 
 
 @dataclass(frozen=True)
@@ -302,7 +302,7 @@ def complete(cfg: TrainConfig) -> TrainConfig:
 
 
 def as_listed(name: str) -> TrainConfig:
-    """Return a preset as PRESETS has it; what follows from other settings is None or empty."""
+    """Return a preset as PRESETS has it: what follows from others is None or empty."""
     if name not in PRESETS:
         raise UserError(f"no preset {name!r}; hint: {near(name, PRESETS)}")
     base, changes = PRESETS[name]
