@@ -128,7 +128,7 @@ def training_step(
     def step() -> float:
         attention = contextlib.nullcontext()
         if settings.attention != "auto":
-            attention = sdpa_kernel(SDPBackend[f"{settings.attention.upper()}_ATTENTION"])
+            attention = sdpa_kernel(getattr(SDPBackend, f"{settings.attention.upper()}_ATTENTION"))
         with attention, autocast(device, dtype):
             if side in BASELINES:  # shifts the labels itself: one target less per sequence
                 loss = train_model(input_ids=x, labels=x).loss

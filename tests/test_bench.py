@@ -121,6 +121,15 @@ def test_step_prints_a_table_and_one_line_of_json():
     assert "memory_ratio" not in result
 
 
+def test_step_with_a_named_attention():
+    """A CPU has flash attention alone; --attention reaches the step."""
+    options = [*STEP, "--B", "2", "--T", "32", "--memory", "False", "--against", "gpt2-rope"]
+    result = measure_here("step", *options, "--attention", "flash")
+    assert result["attention"] == "flash" and result["ratio"] > 0
+    with pytest.raises(RuntimeError, match="[Nn]o available kernel|No viable backend"):
+        measure_here("step", *options, "--attention", "cudnn")
+
+
 def test_the_baseline_is_transformers_at_its_best():
     """No dropout, SDPA, no cache, a tied head."""
     baseline = transformers_gpt2(32, dict(n_layer=2, n_head=2, n_embd=64, vocab_size=256))
