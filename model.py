@@ -184,7 +184,7 @@ class Attention(nn.Module):
         if self.qk_norm:
             # Henry et al. 2020: however large the weights become, no score exceeds sqrt(D)
             q, k = rms_norm(q), rms_norm(k)
-        # only now: rotated after it, they would be copied for attention and again behind it
+        # rotated after this, q, k, their gradients and the output would be copied once more
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
         if update_cache is not None:
             k, v = update_cache(k, v)  # (B, H, S, D)
