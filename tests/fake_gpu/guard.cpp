@@ -27,6 +27,8 @@ struct CUDAHooks : at::CUDAHooksInterface {
   bool hasCUDA() const override { return true; }
   bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
   c10::DeviceIndex deviceCount() const override { return 1; }
+  long versionCuDNN() const override { return 92000; }
+  long versionRuntimeCuDNN() const override { return 92000; }
 };
 
 namespace at {
