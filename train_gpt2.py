@@ -61,7 +61,7 @@ from runtime.world import World, join_world, on_rank0, sum_over_ranks
 class Run(NamedTuple):
     """What the loop works with: set_up() builds it, train_loop() uses it, finish() closes it."""
 
-    cfg: TrainConfig  # complete: B and max_steps are numbers by now
+    cfg: TrainConfig
     world: World
     stop: Stop
     compute: Compute
@@ -304,19 +304,15 @@ def set_up(
         ddp = DDP(train_model, [world.device] if world.device.type == "cuda" else None)
         train_model = ddp
     if cfg.B == "auto":
-        # Tried in DDP, as in training: torch cuts the graph that it compiles there into pieces, so
-        # that gradients are exchanged during the backward pass; one compiled before stays whole.
-        # copies: to be allocated later, AdamW's moments, unless restored, and DDP's buckets
+        # to be allocated later: AdamW's moments, unless restored, and DDP's buckets
         copies = (0 if resume_from else 2) + dist.is_initialized()
         reserved = copies * sum(4 * p.numel() for p in model.parameters())
+        # in DDP, as in training: there the compiled graph is cut, and gradients are exchanged during
+        # the backward pass
         with stop.compiling():
             B = fit_batch(cfg, model, train_model, compute, reserved, world)
         cfg = dataclasses.replace(cfg, B=B)
-    micro_steps = cfg.total_batch // (cfg.B * cfg.T * world.world_size)
-    say(
-        f"batch | {cfg.total_batch:,} tokens per step = micro-steps: {micro_steps} x rows: {cfg.B} "
-        f"x tokens: {cfg.T} x processes: {world.world_size}"
-    )
+    micro_steps = split_batch(cfg, world)
     evaluate = Evaluator(cfg, model, data.val, compute, world, stop)
     start_step = resume_from.step if resume_from else 0
     train_data = records.data_to_resume(cfg, data.train, resume_from) if resume_from else data.train
@@ -344,6 +340,16 @@ def set_up(
         micro_steps=micro_steps,
         started=started,
     )
+
+
+def split_batch(cfg: TrainConfig, world: World) -> int:
+    """Return the micro-steps per optimizer step."""
+    micro_steps = cfg.total_batch // (cfg.B * cfg.T * world.world_size)
+    say(
+        f"batch | {cfg.total_batch:,} tokens per step = micro-steps: {micro_steps} x rows: {cfg.B} "
+        f"x tokens: {cfg.T} x processes: {world.world_size}"
+    )
+    return micro_steps
 
 
 def warm_up(run: Run):

@@ -42,7 +42,7 @@ def test_the_main_job_and_what_comes_after(clone):
     options = "--max_steps 20 --val_tokens 8192 --sample_tokens 100".split()
     offline = {"https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
     env = {"OMP_NUM_THREADS": "2"} | offline
-    done = run("train_gpt2.py", *options, cwd=clone, timeout=280, env=env)
+    done = run("train_gpt2.py", *options, cwd=clone, timeout=600, env=env)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     for words in (
         "no preset given: shakespeare",
