@@ -307,8 +307,7 @@ def set_up(
         # to be allocated later: AdamW's moments, unless restored, and DDP's buckets
         copies = (0 if resume_from else 2) + dist.is_initialized()
         reserved = copies * sum(4 * p.numel() for p in model.parameters())
-        # in DDP, as in training: there the compiled graph is cut, and gradients are exchanged during
-        # the backward pass
+        # in DDP, as in training: there the compiled graph is cut
         with stop.compiling():
             B = fit_batch(cfg, model, train_model, compute, reserved, world)
         cfg = dataclasses.replace(cfg, B=B)
