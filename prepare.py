@@ -21,6 +21,7 @@ import hashlib
 import itertools
 import json
 import os
+import random
 import re
 import shutil
 import sys
@@ -52,6 +53,7 @@ from shard_files import (
 INPUT = Path(__file__).parent / "data" / "input.txt"
 SHARD_TOKENS = 100_000_000
 ENDINGS = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
+SPLIT_BLOCK = 1 << 26  # characters of documents that are split into train and validation together
 IN_FLIGHT = 1 << 23  # characters handed to the threads whose tokens are not written yet
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 # There sample-10BT has 14 files, 28.5 GB, 9,672,101 documents by others' listings; not fetched yet.
@@ -80,11 +82,10 @@ def shakespeare(out: str = "data/shakespeare"):
     if is_made_of(out, names, digest):
         return
     try:
-        train, val = cut_text(raw.decode("utf-8"), 0.1)
-    except ValueError as e:
-        raise UserError(
-            f"{INPUT}: {one_line(e)}; hint: put a UTF-8 text of several lines there"
-        ) from e
+        text = raw.decode("utf-8")
+    except UnicodeError as e:
+        raise UserError(f"{INPUT}: not UTF-8, {one_line(e)}; hint: put a UTF-8 text there") from e
+    train, val = cut_text(text, 0.1, str(INPUT))
     source = dict(name=INPUT.name, bytes=len(raw), sha256=digest, documents=1, tokens=0)
     texts = [((source, "train"), train), ((source, "val"), val)]
     replaceable = [*names, "manifest.json"]
@@ -121,8 +122,8 @@ def files(
     Args:
         files: .txt, .jsonl (both also .gz) or .parquet files
         out: directory for the shards; it must not hold any yet
-        val_share: share of validation: every k-th document, k = round(1 / val_share), or the end of
-            a single document
+        val_share: share of the text that becomes validation: whole documents, or the end of the
+            longest one where there are few
         shard_tokens: tokens in one shard file
         text_field: field of .jsonl or column of .parquet that holds the text
         name: first part of the shards' file names
@@ -148,15 +149,6 @@ def files(
     if empty:
         message += f"; empty documents skipped: {empty}"
     print(message)
-    tokens = {"train": 0, "val": 0}
-    for record in records:
-        tokens[record["split"]] += record["tokens"]
-    share = tokens["val"] / sum(tokens.values())
-    if share > 2 * val_share:
-        print(
-            f"note: validation is {share:.0%} of all tokens, asked for were {val_share:.0%}: it is "
-            "whole documents, and the first is one; hint: a short document first, or one file"
-        )
 
 
 def wrong_files(files: tuple[str, ...]) -> list[str]:
@@ -195,38 +187,80 @@ def wrong_settings(shard_tokens: int, name: str) -> list[str]:
 def split_documents(
     documents: Iterator[tuple[dict, str]], val_share: float, names: str
 ) -> Iterator[tuple[tuple[dict, str], str]]:
-    """Yield ((source, split), text): every k-th document, or the end of a single one, is "val"."""
-    first = list(itertools.islice(documents, 2))
-    if not first:
-        raise UserError(f"{names}: no documents but empty ones; hint: --text_field, or other files")
-    if len(first) == 1:
-        source, text = first[0]
-        try:
-            train, val = cut_text(text, val_share)
-        except ValueError as e:
-            raise UserError(
-                f"{source['name']}: one document, {e}; hint: give more of them, or more lines"
-            ) from e
-        yield (source, "train"), train
-        yield (source, "val"), val
-        return
+    """Yield ((source, split), text) so that about val_share of the text is validation.
+
+    Of each 1 / val_share documents one at random becomes validation, and the same one each time.
+    Where that gives too few or too many bytes (few documents, or very long ones), the end of the
+    longest one is cut off instead: the share lies between half and 1.5 times val_share for any
+    documents. Raises UserError when it cannot be cut, and when there is no text.
+    """
     k = round(1 / val_share)
-    for i, (source, text) in enumerate(itertools.chain(first, documents)):
-        split = "train" if i % k else "val"
-        yield (source, split), text
+    random_number = random.Random(k)
+    count = total = val = 0  # documents so far, and their bytes
+    for block in blocks(documents):
+        sizes = [len(text.encode()) for _, text in block]
+        total += sum(sizes)
+        splits = []
+        for size in sizes:
+            if count % k == 0:
+                chosen = count + random_number.randrange(k)
+            fits = val + size <= min(1.5 * val_share, 0.5) * total
+            splits.append("val" if count == chosen and fits else "train")
+            if splits[-1] == "val":
+                val += size
+            count += 1
+        train_sizes = [size if split == "train" else 0 for size, split in zip(sizes, splits)]
+        longest = train_sizes.index(max(train_sizes))
+        missing = val_share * total - val
+        for i, ((source, text), split) in enumerate(zip(block, splits)):
+            if i == longest and missing > 0.5 * val_share * total:
+                train, tail = cut_text(text, missing / sizes[i], source["name"])
+                val += len(tail.encode())
+                yield (source, "train"), train
+                yield (source, "val"), tail
+            else:
+                yield (source, split), text
+    if not total:
+        raise UserError(f"{names}: no documents but empty ones; hint: --text_field, or other files")
 
 
-def cut_text(text: str, val_share: float) -> tuple[str, str]:
-    """Cut off the last val_share of a text, a little more for a whole paragraph or line.
+def blocks(documents: Iterator[tuple[dict, str]]) -> Iterator[list[tuple[dict, str]]]:
+    """Yield documents in lists of about SPLIT_BLOCK characters."""
+    block = []
+    characters = 0
+    for source, text in documents:
+        block.append((source, text))
+        characters += len(text)
+        if characters >= SPLIT_BLOCK:
+            yield block
+            block, characters = [], 0
+    if block:
+        yield block
 
-    Raises ValueError if it cannot.
+
+def cut_text(text: str, val_share: float, name: str) -> tuple[str, str]:
+    """Cut off about the last val_share of a text: between half and 1.5 times that.
+
+    At the end of a paragraph, else of a line, else of a word, if there is one in this range. Raises
+    UserError naming the text when one of the parts would be empty.
     """
     target = int(len(text) * (1 - val_share))
-    for separator, earliest in (("\n\n", target * 19 // 20), ("\n", 0)):
-        cut = text.rfind(separator, earliest, target) + len(separator)
-        if cut >= len(separator) and not (text[:cut].isspace() or text[cut:].isspace()):
-            return text[:cut], text[cut:]
-    raise ValueError("too short to cut whole lines off its end for validation")
+    earliest = int(len(text) * (1 - min(1.5 * val_share, max(0.5, val_share))))
+    latest = int(len(text) * (1 - 0.5 * val_share))
+    cut = target
+    for separator in ("\n\n", "\n", " "):
+        start = text.rfind(separator, earliest, target)
+        if start < 0:
+            start = text.find(separator, target, latest)
+        if start >= 0:
+            cut = start + len(separator)
+            break
+    if not 0 < cut < len(text):
+        raise UserError(
+            f"{name}: {len(text)} characters are too few to cut off {val_share:.0%} for "
+            "validation; hint: more text"
+        )
+    return text[:cut], text[cut:]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -103,30 +103,64 @@ def test_prepare_is_light():
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".parquet"])
-def test_documents_come_back_byte_for_byte_and_every_kth_is_validation(tmp_path, ending, capsys):
+def test_documents_come_back_byte_for_byte_each_in_one_split(tmp_path, ending, capsys):
     path = write(tmp_path / f"some{ending}", DOCUMENTS)
     prepare.files((path,), str(tmp_path / "out"), val_share=0.1)
-    assert read(tmp_path / "out", "val") == DOCUMENTS[::10]
-    assert read(tmp_path / "out", "train") == [d for i, d in enumerate(DOCUMENTS) if i % 10]
-    assert "(documents: 90)" in capsys.readouterr().out
+    val, train = read(tmp_path / "out", "val"), read(tmp_path / "out", "train")
+    assert [d for d in DOCUMENTS if d in val] == val
+    assert [d for d in DOCUMENTS if d not in val] == train
+    assert f"(documents: {len(train)})" in capsys.readouterr().out
 
 
 def test_text_files_are_one_document_each_in_the_order_given(tmp_path):
-    texts = {"z.txt": "first\r\n\ttext", "a.txt.gz": "second", "m.txt": "third"}
+    texts = {f"{i:x}.txt"[::-1] + ".txt": f"text {i}\r\n\t." for i in range(9)}
+    texts["a.txt.gz"] = "the last one"
     paths = tuple(write(tmp_path / name, [text]) for name, text in texts.items())
-    prepare.files(paths, str(tmp_path / "out"), val_share=0.5)
-    assert read(tmp_path / "out", "val") == ["first\r\n\ttext", "third"]
-    assert read(tmp_path / "out", "train") == ["second"]
+    prepare.files(paths, str(tmp_path / "out"), val_share=0.3)
+    val, train = read(tmp_path / "out", "val"), read(tmp_path / "out", "train")
+    assert val == [text for text in texts.values() if text in val]
+    assert train == [text for text in texts.values() if text not in val]
 
 
-def test_validation_is_every_kth_over_all_files(tmp_path):
-    paths = (
-        write(tmp_path / "a.jsonl", DOCUMENTS[:7]),
-        write(tmp_path / "b.parquet", DOCUMENTS[7:30]),
-        write(tmp_path / "c.txt", DOCUMENTS[30:31]),
-    )
-    prepare.files(paths, str(tmp_path / "out"), val_share=0.25)
-    assert read(tmp_path / "out", "val") == DOCUMENTS[:31:4]
+LINES = "".join(f"line {i}\n" for i in range(5000))
+COLLECTIONS = {  # documents, lengths as different as people's
+    "a book and a note": [LINES, "a short note\n" * 30],
+    "no line ends": ["words " * 9000, "no-blank" * 3000],
+    "ten chapters": [LINES[i * 4000 : (i + 1) * 4000] for i in range(10)],
+    "49 alike": [LINES[i * 900 : (i + 1) * 900] for i in range(49)],
+    "one is most of it": [LINES, *DOCUMENTS],
+    "many": DOCUMENTS * 3,
+    "other alphabets": ["日本語の文章です。" * 500, LINES, "Привет, мир! " * 900],
+}
+
+
+@pytest.mark.parametrize("val_share", [0.02, 0.1, 0.5])
+@pytest.mark.parametrize("name", COLLECTIONS)
+def test_validation_is_a_share_of_the_tokens_in_any_order(tmp_path, name, val_share):
+    documents = COLLECTIONS[name]
+    orders = {
+        "as it is": documents,
+        "reversed": documents[::-1],
+        "turned": documents[1:] + documents[:1],
+    }
+    for order, texts in orders.items():
+        out = tmp_path / order
+        prepare.files((write(tmp_path / f"{order}.jsonl", texts),), str(out), val_share=val_share)
+        tokens = {"train": 0, "val": 0}
+        for shard in read_manifest(out)["shards"]:
+            tokens[shard["split"]] += shard["tokens"]
+        share = tokens["val"] / sum(tokens.values())
+        assert 0.5 * val_share <= share <= 2 * val_share and share <= 0.6
+        assert len("".join(read_all(out))) == len("".join(texts))
+
+
+def test_long_documents_are_validation_as_often_as_short_ones():
+    lengths = [1000 if i % 3 else 20_000 for i in range(3000)]
+    texts = ((dict(name=""), "x" * length) for length in lengths)
+    val = [
+        len(text) for (_, split), text in prepare.split_documents(texts, 0.02, "") if split == "val"
+    ]
+    assert 0.2 < sum(length == 20_000 for length in val) / len(val) < 0.45
 
 
 def test_a_single_document_is_cut_at_a_line(tmp_path):
@@ -134,6 +168,20 @@ def test_a_single_document_is_cut_at_a_line(tmp_path):
     prepare.files((write(tmp_path / "a.txt", [text]),), str(tmp_path / "out"), val_share=0.1)
     (train,), (val,) = read(tmp_path / "out", "train"), read(tmp_path / "out", "val")
     assert train + val == text and train.endswith("\n") and 0.1 <= len(val) / len(text) < 0.11
+
+
+@pytest.mark.parametrize(
+    "text", ["word " * 5000, "no-blank-anywhere" * 900, "".join(DOCUMENTS).replace("\n", "\r")]
+)
+def test_a_text_without_line_ends_is_cut_at_a_blank_or_anywhere(tmp_path, text):
+    prepare.files((write(tmp_path / "a.txt", [text]),), str(tmp_path / "out"), val_share=0.1)
+    (train,), (val,) = read(tmp_path / "out", "train"), read(tmp_path / "out", "val")
+    assert train + val == text and 0.05 <= len(val) / len(text) <= 0.15
+    assert train.endswith(" ") or " " not in text
+
+
+def test_the_manifest_counts_a_document_that_was_cut_once(tmp_path):
+    prepare.files((write(tmp_path / "a.txt", [LINES]),), str(tmp_path / "out"))
     assert read_manifest(tmp_path / "out")["sources"][0]["documents"] == 1
 
 
@@ -146,7 +194,7 @@ def test_shards_are_full_and_documents_run_across_them(tmp_path):
         assert [s["file"] for s in shards] == names and len(names) >= 5
         assert {s["tokens"] for s in shards[:-1]} == {100} and 0 < shards[-1]["tokens"] <= 100
         assert any(np.load(out / name)[0] != tokenizer.EOT for name in names)
-    assert read(out, "train") == [d for i, d in enumerate(DOCUMENTS) if i % 10]
+    assert sorted(read_all(out)) == sorted(DOCUMENTS)
 
 
 def test_the_manifest_is_true(tmp_path):
@@ -179,10 +227,10 @@ def test_the_manifest_is_true(tmp_path):
 
 
 def test_empty_documents_are_skipped_and_reported(tmp_path, capsys):
-    path = write(tmp_path / "a.jsonl", ["", "one", "\n", "two", "   "])
+    path = write(tmp_path / "a.jsonl", ["", "one", "\n", "two" * 100, "   "])
     Path(path).write_text(Path(path).read_text() + '\n{"text": null}\n\n')
     prepare.files((path,), str(tmp_path / "out"))
-    assert read_all(tmp_path / "out") == ["one", "two"]
+    assert sorted("".join(read_all(tmp_path / "out"))) == sorted("one" + "two" * 100)
     assert "empty documents skipped: 4" in capsys.readouterr().out
 
 
@@ -194,9 +242,14 @@ def test_long_documents_have_the_tokens_of_the_whole(tmp_path):
         "\u3000" * 1_200_000 + ".",
     ]
     prepare.files((write(tmp_path / "a.jsonl", documents),), str(tmp_path / "out"), val_share=0.5)
-    assert read(tmp_path / "out", "val") == documents[::2]
-    tokens = np.load(tmp_path / "out" / "docs_train_000000.npy")
-    assert tokens.tolist() == tokens_of(documents[1:2])
+    shards = [np.load(path) for path in sorted((tmp_path / "out").glob("*.npy"))]
+    prose = tokens_of(documents[1:2])
+    assert any(
+        prose == tokens[at : at + len(prose)].tolist()
+        for tokens in shards
+        for at in np.flatnonzero(tokens == tokenizer.EOT)
+    )
+    assert sorted("".join(read_all(tmp_path / "out"))) == sorted("".join(documents))
 
 
 def test_real_text(shared, tmp_path):
@@ -205,9 +258,13 @@ def test_real_text(shared, tmp_path):
     with gzip.open(path, "rt", encoding="utf-8") as f:
         documents = [json.loads(line)["text"] for line in f][:500]
     prepare.files((write(tmp_path / "a.jsonl", documents),), str(tmp_path / "out"), val_share=0.5)
-    for split, texts in (("val", documents[::2]), ("train", documents[1::2])):
+    val = set(read(tmp_path / "out", "val"))
+    assert 240 < len(val) <= 250
+    for split in ("val", "train"):
         tokens = np.load(tmp_path / "out" / f"docs_{split}_000000.npy")
-        assert tokens.tolist() == tokens_of(texts)
+        assert tokens.tolist() == tokens_of(
+            [d for d in documents if (d in val) == (split == "val")]
+        )
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
@@ -249,7 +306,7 @@ BAD = {  # file name: its bytes, what the error says
     "empty.parquet": (b"", "empty.parquet: "),
     "empty.txt": (b"", "empty.txt: no documents"),
     "blank.jsonl": (b"\n\n", "blank.jsonl: no documents"),
-    "line.txt": (b"a single line\n", "line.txt: one document, too short"),
+    "line.txt": (b"a", "line.txt: 1 characters are too few"),
 }
 
 
@@ -365,7 +422,7 @@ def test_the_command_line(tmp_path):
     options = ("--text_field", "body", "--val_share", "0.1", "--out", out)
     good = run("prepare.py", "files", path, *options)
     assert good.returncode == 0, good.stderr
-    assert read(out, "val") == DOCUMENTS[::10]
+    assert sorted(read_all(out)) == sorted(DOCUMENTS)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -903,7 +960,7 @@ def test_shards_of_something_else_are_kept(text, tmp_path):
     assert listing(out) == before
 
 
-@pytest.mark.parametrize("raw", [b"", b"one line\n", b"caf\xe9\n" * 100])
+@pytest.mark.parametrize("raw", [b"", b"1", b"caf\xe9\n" * 100])
 def test_a_text_that_cannot_be_used(text, tmp_path, raw):
     text.write_bytes(raw)
     assert "input.txt: " in error_of(prepare.shakespeare, str(tmp_path / "out"))
