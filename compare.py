@@ -5,8 +5,8 @@
     python compare.py log/a --reference log/reference/published-gpt2-baseline     is it healthy?
 
 Runs that differ in nothing but their seeds are one group. s is the standard deviation of a run's
-final loss within its group, pooled over all groups of two and more runs. Two groups whose means are
-within 2 s of each other show no difference.
+final loss within its group, pooled over all groups of two and more runs. The difference of two
+means has the standard error se = s * sqrt(1/n1 + 1/n2), and is shown from 2 se on.
 """
 
 import dataclasses
@@ -189,7 +189,7 @@ def pooled_deviation(groups: list[RunGroup]) -> float | None:
 def table(groups: list[RunGroup], s: float | None) -> str:
     """Return a Markdown table: final values of each group, and its distance to the first."""
     lines = [
-        "| run | seeds | tokens | val loss, final (mean ± sd) | to the first | HellaSwag ± se "
+        "| run | seeds | tokens | val loss, final (mean ± sd) | to the first ± se | HellaSwag ± se "
         "| tok/s |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -197,7 +197,7 @@ def table(groups: list[RunGroup], s: float | None) -> str:
         seeds, loss = "one", f"{group.mean:.4f}"
         if len(group.runs) > 1:
             seeds, loss = str(len(group.runs)), f"{loss} ± {statistics.stdev(group.losses):.4f}"
-        away = distance(group.mean - groups[0].mean, s) if i else ""
+        away = difference(group, groups[0], s) if i else ""
         speeds = [run.tok_s for run in group.runs if run.tok_s is not None]
         speed = f"{statistics.median(speeds):,.0f}" if speeds else "-"
         cells = [group.name, seeds, f"{group.runs[0].tokens[-1]:,}", loss, away]
@@ -205,15 +205,17 @@ def table(groups: list[RunGroup], s: float | None) -> str:
     return "\n".join(lines)
 
 
-def distance(difference: float, s: float | None) -> str:
-    """Return a difference of mean losses, in words whether it is one."""
+def difference(group: RunGroup, first: RunGroup, s: float | None) -> str:
+    """Return the difference of two groups' mean losses, its standard error and a verdict."""
+    mean = group.mean - first.mean
     if s is None:
-        return f"{difference:+.4f} (one seed each)"
-    if abs(difference) <= 2 * s:
-        return f"{difference:+.4f} no difference"
-    if s == 0:
-        return f"{difference:+.4f}"
-    return f"{difference:+.4f} ({abs(difference) / s:.1f} s)"
+        return f"{mean:+.4f} (one seed each)"
+    se = s * (1 / len(group.runs) + 1 / len(first.runs)) ** 0.5
+    if abs(mean) < 2 * se:
+        return f"{mean:+.4f} ± {se:.4f}, not shown"
+    if se == 0:
+        return f"{mean:+.4f}"
+    return f"{mean:+.4f} ± {se:.4f} ({abs(mean) / se:.1f} se)"
 
 
 def hellaswag_score(group: RunGroup) -> str:
@@ -377,7 +379,7 @@ def main(args: Comparison):
             say("s: not known, no settings were run with two seeds")
         else:
             meaning = "standard deviation of one run within its group, pooled"
-            say(f"s = {s:.4f}: {meaning}; no difference: within 2 s")
+            say(f"s = {s:.4f}: {meaning}; se: s * sqrt(1/n1 + 1/n2); not shown: below 2 se")
     if args.reference:
         reference = read_run(args.reference, "step")
         for run in runs:

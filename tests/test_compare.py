@@ -74,7 +74,8 @@ def rows(out: str) -> dict[str, list[str]]:
 def test_seeds_are_grouped_and_small_differences_are_none(make, tmp_path, capsys):
     """Standard deviations of 0.01 and 0.03, so s^2 = (2 * 0.01^2 + 2 * 0.03^2) / 4.
 
-    2 s = 0.0447: 0.04 is no difference, 0.05 is one.
+    Between three seeds and three the standard error is s * sqrt(2/3), between three and one
+    s * sqrt(4/3): below two of them no difference is shown.
     """
     runs = [
         make(f"a{i}", "gpt2-baseline", 5 + d, seed=i, data_seed=i, hella=0.25)
@@ -87,9 +88,9 @@ def test_seeds_are_grouped_and_small_differences_are_none(make, tmp_path, capsys
     lines = {name: " | ".join(cells) for name, cells in rows(out).items()}
     assert lines == {
         "gpt2-baseline": "3 | 20,000 | 5.0000 ± 0.0100 |  | 0.2500 ± 0.0200 | 333",
-        "gpt2-rope": "3 | 20,000 | 4.9600 ± 0.0300 | -0.0400 no difference | - | 333",
-        "gpt2-swiglu": "one | 20,000 | 5.0500 | +0.0500 (2.2 s) | - | 333",
-        "gpt2-modern": "one | 10,000 | 4.5000 | -0.5000 (22.4 s) | - | 500",
+        "gpt2-rope": "3 | 20,000 | 4.9600 ± 0.0300 | -0.0400 ± 0.0183 (2.2 se) | - | 333",
+        "gpt2-swiglu": "one | 20,000 | 5.0500 | +0.0500 ± 0.0258, not shown | - | 333",
+        "gpt2-modern": "one | 10,000 | 4.5000 | -0.5000 ± 0.0258 (19.4 se) | - | 500",
     }
     assert "s = 0.0224" in out and (tmp_path / "p.png").stat().st_size > 10_000
 
