@@ -20,7 +20,7 @@ DATA = "/data"  # where the volume is mounted
 CODE = "/root"  # where Modal puts local modules, in each container
 # by prepare.py and what it imports
 NEEDED = ("numpy", "tiktoken", "tqdm", "tyro", "pyarrow", "huggingface_hub")
-MODULES = ("prepare", "runtime", "shard_files", "tokenizer")
+MODULES = ("documents", "prepare", "runtime", "shard_files", "tokenizer")
 CORES = 8
 ROOT = Path(__file__).parent
 
@@ -63,9 +63,7 @@ def coordinate(folder: str, data: prepare.Dataset, source: str = ""):
     volume.commit()
     calls = [(job, i, source) for i in job.todo()]
     failed = []
-    for result in tokenize.starmap(
-        calls, order_outputs=False, return_exceptions=True, wrap_returned_exceptions=False
-    ):
+    for result in tokenize.starmap(calls, order_outputs=False, return_exceptions=True):
         if isinstance(result, Exception):  # the other files continue
             failed.append(one_line(result))
             print(failed[-1], flush=True)
@@ -84,13 +82,13 @@ def coordinate(folder: str, data: prepare.Dataset, source: str = ""):
 @app.local_entrypoint()
 def main(
     sample: str = "10BT",
-    dataset: str = prepare.FINEWEB_EDU,
+    dataset: str = "",
     config: str = "",
     text_field: str = "text",
     revision: str = "",
 ):
     """Run with settings of `prepare.py fineweb-edu`; the folder is named after the subset."""
-    folder = config or (sample if dataset == prepare.FINEWEB_EDU else dataset)
+    folder = config or (sample if dataset in ("", prepare.FINEWEB_EDU) else dataset)
     folder = folder.replace("/", "-")
     data = prepare.Dataset(sample, dataset, config, text_field, revision)
     coordinate.remote(f"{DATA}/{folder}", data)

@@ -2,6 +2,7 @@
 
     python prepare.py shakespeare                                 the default of train_gpt2.py
     python prepare.py files book.txt more.jsonl.gz --out data/my  .txt, .jsonl (also .gz), .parquet
+    python prepare.py files my_folder 'more/*.txt' --out data/my  their files, in name order
     python prepare.py fineweb-edu --sample 10BT --out data/fineweb-edu-10BT    data of the presets
 
 A directory of shards holds NAME_train_NNNNNN.npy, NAME_val_NNNNNN.npy and manifest.json (what is in
@@ -11,25 +12,23 @@ behind, which can be deleted. `fineweb-edu` lists its input files in manifest.js
 training can start on the first ones, and the same command again resumes after the last whole file.
 
 Texts are tokenized in threads of one process, one per core, because tiktoken releases the GIL. They
-are read as a stream; memory holds 0.2 GB per split, the shards that are being filled.
+are read as a stream; memory holds 0.2 GB per split, the shards that are being filled, and one block
+of documents. A longer .txt is read three times, in pieces.
 """
 
 import collections
 import contextlib
-import gzip
-import hashlib
+import errno
 import itertools
-import json
 import os
-import random
 import re
 import shutil
 import sys
 import tempfile
-import zlib
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -37,6 +36,16 @@ import tyro
 from tqdm import tqdm
 
 import tokenizer
+from documents import (
+    END_OF_TEXT,
+    LongText,
+    cut_text,
+    find_files,
+    pieces,
+    read_documents,
+    split_documents,
+    wrong_files,
+)
 from runtime.command_line import UserError, one_line, parse_command, run_script, say
 from runtime.files import sha256
 from shard_files import (
@@ -52,12 +61,15 @@ from shard_files import (
 # order of Tiny Shakespeare. Put another text there to train on it.
 INPUT = Path(__file__).parent / "data" / "input.txt"
 SHARD_TOKENS = 100_000_000
-ENDINGS = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
-SPLIT_BLOCK = 1 << 26  # characters of documents that are split into train and validation together
 IN_FLIGHT = 1 << 23  # characters handed to the threads whose tokens are not written yet
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 # There sample-10BT has 14 files, 28.5 GB, 9,672,101 documents by others' listings; not fetched yet.
 FINEWEB_COMMIT = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
+# seconds between tries, when the hub cannot be reached
+WAITS = (5, 10, 30, 60, 120, 300, 300)
+# words in the names of files and folders
+SPLITS = dict.fromkeys(("train", "training"), "train") | dict.fromkeys(("test", "testing"), "test")
+SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation")
 DOWNLOAD = "download.tmp"  # folder of input files until they are tokenized
 
 # --------------------------------------------------------------------------------------------------
@@ -70,27 +82,38 @@ def shakespeare(out: str = "data/shakespeare"):
     Does nothing when `out` holds the shards of this text, and replaces those of another text.
     train_gpt2.py calls this at every start. Raises UserError when out holds anything else.
     """
+    hint = "git checkout data/input.txt, or put any UTF-8 text there"
+    if not INPUT.is_file():
+        raise UserError(f"{INPUT} is missing; hint: {hint}")
     try:
-        raw = INPUT.read_bytes()
-    except FileNotFoundError as e:
-        raise UserError(
-            f"{INPUT} is missing; hint: git checkout data/input.txt, or put any UTF-8 text there"
-        ) from e
-    digest = hashlib.sha256(raw).hexdigest()
+        digest = sha256(INPUT)
+    except OSError as e:
+        raise UserError(f"{INPUT}: {one_line(e)}; hint: {hint}") from e
     # one shard per split, made from the text alone: replaced at will, also by two runs at once
     names = ["shakespeare_train_000000.npy", "shakespeare_val_000000.npy"]
     if is_made_of(out, names, digest):
         return
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeError as e:
-        raise UserError(f"{INPUT}: not UTF-8, {one_line(e)}; hint: put a UTF-8 text there") from e
-    train, val = cut_text(text, 0.1, str(INPUT))
-    source = dict(name=INPUT.name, bytes=len(raw), sha256=digest, documents=1, tokens=0)
-    texts = [((source, "train"), train), ((source, "val"), val)]
-    replaceable = [*names, "manifest.json"]
-    records = write_shards(out, "shakespeare", sys.maxsize, texts, [source], replaceable)
-    say(f"{out}: {summary(records)}")
+    before = os.path.exists(os.path.join(out, "manifest.json"))
+    source = new_source(INPUT.name, str(INPUT))
+    with progress(source["bytes"]) as bar:
+        documents = ((source, text) for text in read_documents(str(INPUT), "", source, bar))
+        texts = cut_each(documents, 0.1, str(INPUT))
+        replaceable = [*names, "manifest.json"]
+        records = write_shards(out, "shakespeare", sys.maxsize, texts, [source], replaceable)
+    again = f"made again, of {INPUT} as it is now: " if before else ""
+    say(f"{out}: {again}{summary(records)}{remarks([source])}")
+
+
+def cut_each(documents: Iterable[tuple[dict, str]], val_share: float, name: str) -> Iterator[tuple]:
+    """Yield ((source, split), text), the last val_share of each document as validation."""
+    empty = True
+    for source, text in documents:
+        empty = False
+        train, val = cut_text(text, val_share, name)
+        yield (source, "train"), train
+        yield (source, "val"), val
+    if empty:
+        raise UserError(f"{name}: no text; hint: put any UTF-8 text there")
 
 
 def is_made_of(out: str, names: list[str], digest: str) -> bool:
@@ -120,7 +143,7 @@ def files(
     """Cut your own documents into shards: each .txt file, line of a .jsonl or row of a .parquet.
 
     Args:
-        files: .txt, .jsonl (both also .gz) or .parquet files
+        files: .txt, .jsonl (both also .gz) or .parquet files; folders and patterns of them
         out: directory for the shards; it must not hold any yet
         val_share: share of the text that becomes validation: whole documents, or the end of the
             longest one where there are few
@@ -128,45 +151,43 @@ def files(
         text_field: field of .jsonl or column of .parquet that holds the text
         name: first part of the shards' file names
     """
-    problems = wrong_files(files) + wrong_settings(shard_tokens, name)
+    paths = find_files(files)
+    problems = wrong_files(paths) + wrong_settings(shard_tokens, name)
     if not 0 < val_share <= 0.5:
         problems.append(
             f"val_share is {val_share}, must be above 0 and at most 0.5; hint: --val_share 0.02"
         )
     if problems:
         raise UserError("; ".join(problems))
-    sources = [new_source(os.path.basename(path), path) for path in files]
+    sources = [new_source(os.path.basename(path), path) for path in paths]
     with progress(sum(source["bytes"] for source in sources)) as bar:
         documents = (
             (source, text)
-            for path, source in zip(files, sources)
+            for path, source in zip(paths, sources)
             for text in read_documents(path, text_field, source, bar)
         )
         texts = split_documents(documents, val_share, ", ".join(files))
         records = write_shards(out, name, shard_tokens, texts, sources)
-    message = f"{out}: {summary(records)}"
-    empty = sum(source["empty"] for source in sources)
-    if empty:
-        message += f"; empty documents skipped: {empty}"
-    print(message)
+    say(f"{out}: {summary(records)}{remarks(sources)}")
 
 
-def wrong_files(files: tuple[str, ...]) -> list[str]:
-    """List what is wrong with the names of input files."""
-    if not files:
-        return ["no input files; hint: python prepare.py files FILE... --out DIR"]
-    times = collections.Counter(map(os.path.realpath, files))
-    problems = []
-    for path in dict.fromkeys(files):
-        if not path.endswith(ENDINGS):
-            problems.append(f"{path}: unknown ending; hint: one of {' '.join(ENDINGS)}")
-        if not os.path.isfile(path):
-            problems.append(f"{path}: no such file; hint: check the path")
-        if times[os.path.realpath(path)] > 1:
-            problems.append(
-                f"{path}: given twice, so its documents would be in both splits; hint: give it once"
-            )
-    return problems
+def remarks(sources: list[dict]) -> str:
+    """Return what else there is to say about the documents that were read."""
+    counts = collections.Counter()
+    for source in sources:
+        for key in ("empty", "replaced", "end_of_text"):
+            counts[key] += source.get(key, 0)
+    text = ""
+    if counts["empty"]:
+        text += f"; empty documents skipped: {counts['empty']}"
+    if counts["replaced"]:
+        text += f"; documents with half a surrogate pair, now U+FFFD: {counts['replaced']}"
+    if counts["end_of_text"]:
+        text += (
+            f"\n{END_OF_TEXT} stands {counts['end_of_text']:,} times in .txt files, where it is "
+            "ordinary text of 7 tokens; hint: where it ends documents, one .jsonl line for each"
+        )
+    return text
 
 
 def wrong_settings(shard_tokens: int, name: str) -> list[str]:
@@ -184,85 +205,6 @@ def wrong_settings(shard_tokens: int, name: str) -> list[str]:
     return problems
 
 
-def split_documents(
-    documents: Iterator[tuple[dict, str]], val_share: float, names: str
-) -> Iterator[tuple[tuple[dict, str], str]]:
-    """Yield ((source, split), text) so that about val_share of the text is validation.
-
-    Of each 1 / val_share documents one at random becomes validation, and the same one each time.
-    Where that gives too few or too many bytes (few documents, or very long ones), the end of the
-    longest one is cut off instead: the share lies between half and 1.5 times val_share for any
-    documents. Raises UserError when it cannot be cut, and when there is no text.
-    """
-    k = round(1 / val_share)
-    random_number = random.Random(k)
-    count = total = val = 0  # documents so far, and their bytes
-    for block in blocks(documents):
-        sizes = [len(text.encode()) for _, text in block]
-        total += sum(sizes)
-        splits = []
-        for size in sizes:
-            if count % k == 0:
-                chosen = count + random_number.randrange(k)
-            fits = val + size <= min(1.5 * val_share, 0.5) * total
-            splits.append("val" if count == chosen and fits else "train")
-            if splits[-1] == "val":
-                val += size
-            count += 1
-        train_sizes = [size if split == "train" else 0 for size, split in zip(sizes, splits)]
-        longest = train_sizes.index(max(train_sizes))
-        missing = val_share * total - val
-        for i, ((source, text), split) in enumerate(zip(block, splits)):
-            if i == longest and missing > 0.5 * val_share * total:
-                train, tail = cut_text(text, missing / sizes[i], source["name"])
-                val += len(tail.encode())
-                yield (source, "train"), train
-                yield (source, "val"), tail
-            else:
-                yield (source, split), text
-    if not total:
-        raise UserError(f"{names}: no documents but empty ones; hint: --text_field, or other files")
-
-
-def blocks(documents: Iterator[tuple[dict, str]]) -> Iterator[list[tuple[dict, str]]]:
-    """Yield documents in lists of about SPLIT_BLOCK characters."""
-    block = []
-    characters = 0
-    for source, text in documents:
-        block.append((source, text))
-        characters += len(text)
-        if characters >= SPLIT_BLOCK:
-            yield block
-            block, characters = [], 0
-    if block:
-        yield block
-
-
-def cut_text(text: str, val_share: float, name: str) -> tuple[str, str]:
-    """Cut off about the last val_share of a text: between half and 1.5 times that.
-
-    At the end of a paragraph, else of a line, else of a word, if there is one in this range. Raises
-    UserError naming the text when one of the parts would be empty.
-    """
-    target = int(len(text) * (1 - val_share))
-    earliest = int(len(text) * (1 - min(1.5 * val_share, max(0.5, val_share))))
-    latest = int(len(text) * (1 - 0.5 * val_share))
-    cut = target
-    for separator in ("\n\n", "\n", " "):
-        start = text.rfind(separator, earliest, target)
-        if start < 0:
-            start = text.find(separator, target, latest)
-        if start >= 0:
-            cut = start + len(separator)
-            break
-    if not 0 < cut < len(text):
-        raise UserError(
-            f"{name}: {len(text)} characters are too few to cut off {val_share:.0%} for "
-            "validation; hint: more text"
-        )
-    return text[:cut], text[cut:]
-
-
 # --------------------------------------------------------------------------------------------------
 # the Hugging Face hub
 
@@ -272,12 +214,12 @@ def list_repository(repository: str, revision: str) -> tuple[str, list[dict]]:
 
     Of each file name, bytes and SHA-256 (None for small ones).
     """
-    with hub_errors(repository):
-        import huggingface_hub
-
-        info = huggingface_hub.HfApi().dataset_info(
-            repository, revision=revision, files_metadata=True
-        )
+    info = ask_hub(
+        repository,
+        lambda hub: hub.HfApi().dataset_info(
+            repository, revision=revision, files_metadata=True, timeout=60
+        ),
+    )
     listed = []
     for file in info.siblings:
         digest = file.lfs.sha256 if file.lfs else None
@@ -286,33 +228,88 @@ def list_repository(repository: str, revision: str) -> tuple[str, list[dict]]:
 
 
 def download_file(repository: str, revision: str, name: str, folder: str) -> str:
-    """Download a file of a data set repository into a folder and return its path.
-
-    huggingface_hub waits and retries by itself after rate limits and lost connections, and
-    continues a file that was fetched in part; a server error (5xx) ends the download.
-    """
-    with hub_errors(repository):
-        import huggingface_hub
-
-        return huggingface_hub.hf_hub_download(
+    """Download a file of a data set repository into a folder and return its path."""
+    return ask_hub(
+        repository,
+        lambda hub: hub.hf_hub_download(
             repository, name, repo_type="dataset", revision=revision, local_dir=folder
-        )
+        ),
+    )
 
 
-@contextlib.contextmanager
-def hub_errors(repository: str):
-    """Turn whatever huggingface_hub raises, which differs between versions, into a UserError."""
+def ask_hub(repository: str, request: Callable):
+    """Return request(huggingface_hub). What may pass is waited out, for a quarter of an hour.
+
+    huggingface_hub itself retries for some seconds. Raises UserError.
+    """
     try:
-        yield
+        import huggingface_hub
+        from huggingface_hub.errors import LocalEntryNotFoundError
     except ImportError as e:
         raise UserError(
             "huggingface_hub is not installed; hint: pip install huggingface_hub"
         ) from e
-    except Exception as e:
-        raise UserError(
-            f"{repository}: {one_line(e)}; hint: check network, disk, repository and revision, "
-            "then run this again: it resumes after the last whole file"
-        ) from e
+    for n, seconds in enumerate([*WAITS, None], 1):
+        try:
+            return request(huggingface_hub)
+        except Exception as e:
+            problem = e
+            if isinstance(e, LocalEntryNotFoundError):
+                problem = e.__cause__ or e  # why the hub could not be asked
+            message = f"{repository}: {one_line(problem)}"
+            if seconds is None or not may_pass(problem):
+                raise UserError(f"{message}; hint: {hub_hint(repository, problem)}") from e
+            say(f"{message}; waiting for {seconds} s ({n} of {len(WAITS)})")
+            time.sleep(seconds)
+
+
+def may_pass(e: BaseException) -> bool:
+    """Tell whether what huggingface_hub raised can be over in a while.
+
+    Connections that fail, rate limits and server errors can; refusals and full disks cannot.
+    """
+    from huggingface_hub import errors
+
+    if isinstance(e, errors.HfHubHTTPError):
+        return e.response.status_code in (408, 425, 429) or e.response.status_code >= 500
+    if isinstance(e, errors.OfflineModeIsEnabled) or is_about_disk(e):
+        return False
+    # HTTPError is that of the library that huggingface_hub uses: httpx2 in 2.4.0. hf_xet raises
+    # RuntimeError for all its connections; PermissionError and FileNotFoundError for refusals.
+    lasting = (PermissionError, FileNotFoundError)
+    return isinstance(e, errors.HTTPError | OSError | RuntimeError) and not isinstance(e, lasting)
+
+
+def is_about_disk(e: BaseException) -> bool:
+    """Tell whether an error is one of the disk; hf_xet gives it as text alone."""
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO)
+    if getattr(e, "errno", None) in numbers:
+        return True
+    return isinstance(e, RuntimeError) and any(os.strerror(n) in str(e) for n in numbers)
+
+
+def hub_hint(repository: str, e: BaseException) -> str:
+    """Return what helps against an error of huggingface_hub."""
+    from huggingface_hub import errors
+
+    status = e.response.status_code if isinstance(e, errors.HfHubHTTPError) else 0
+    if isinstance(e, errors.OfflineModeIsEnabled):
+        return "unset HF_HUB_OFFLINE, or --source FOLDER, one that holds the files"
+    if isinstance(e, errors.GatedRepoError):
+        return (
+            f"accept its terms at https://huggingface.co/datasets/{repository}, then "
+            "`hf auth login`, or set HF_TOKEN"
+        )
+    if isinstance(e, errors.RevisionNotFoundError):
+        return "--revision, a branch or commit of it"
+    if status in (401, 403, 404) or isinstance(e, errors.HFValidationError | PermissionError):
+        return (
+            "check the name (--dataset OWNER/NAME); a private data set needs a token: "
+            "`hf auth login`, or set HF_TOKEN"
+        )
+    if is_about_disk(e):
+        return "make room and run this again, or --out on a disk with room"
+    return "check the network, then run this again: it resumes after the last whole file"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -325,9 +322,10 @@ class Dataset:
 
     # subset of FineWeb-Edu, 10, 100 or 350 billion tokens
     sample: Literal["10BT", "100BT", "350BT"] = "10BT"
-    # another repository of the Hugging Face hub, then with its config
-    dataset: str = FINEWEB_EDU
-    # folder of the repository (sample-10BT is sample/10BT); default: the sample's, or all
+    # another repository of the Hugging Face hub; with --source only a name for manifest.json
+    dataset: str = ""
+    # folder of the repository or source (sample-10BT is sample/10BT); default: the sample's, or
+    # the only one with training files; "." is all of them
     config: str = ""
     text_field: str = "text"  # column that holds the text
     # commit of the repository; default: a fixed one for FineWeb-Edu, else today's
@@ -385,7 +383,7 @@ def fineweb_edu(
     source: str = "",
     workers: int = 0,
 ):
-    """Cut FineWeb-Edu, or another data set of parquet files on the Hugging Face hub, into shards.
+    """Cut a data set of parquet files into shards: FineWeb-Edu, another of the hub, or a folder.
 
     Files are taken in name order; the first shard is validation, the rest training: with 100M
     tokens as here, the split of the published runs. Number 003002 is shard 2 of file 3. The same
@@ -396,7 +394,7 @@ def fineweb_edu(
     Args:
         out: directory for the shards
         data: what becomes shards
-        source: a folder that holds the parquet files already: no network is used
+        source: a folder with parquet files, of any data set: no network is used
         workers: threads that tokenize; 0 = one per core
     """
     job = begin(out, data, source)
@@ -413,7 +411,7 @@ def fineweb_edu(
             if not source:
                 os.remove(path)
     shutil.rmtree(os.path.join(out, DOWNLOAD), ignore_errors=True)
-    print(f"{out}: {summary(job.records())}")
+    say(f"{out}: {summary(job.records())}")
 
 
 def begin(out: str, data: Dataset, source: str = "") -> Job:
@@ -421,13 +419,15 @@ def begin(out: str, data: Dataset, source: str = "") -> Job:
     problems = wrong_settings(data.shard_tokens, data.name)
     if problems:
         raise UserError("; ".join(problems))
+    if not (data.dataset or source):
+        data = replace(data, dataset=FINEWEB_EDU)
     manifest = read_manifest(out)
     if "dataset" in manifest and any(Path(out).glob("*.npy")):
         job = resume(out, manifest)
         refuse_changes(job, data, source)
     else:  # a manifest without a shard binds to nothing: the first try may have had a typing error
         refuse_occupied(out, replaceable=["manifest.json"] if "dataset" in manifest else [])
-        commit, files = list_folder(source) if source else list_inputs(data)
+        commit, files = list_inputs(data, source)
         job = Job(out, data, commit, files, {})
     if job.todo():
         job.write()
@@ -449,7 +449,9 @@ def refuse_changes(job: Job, data: Dataset, source: str):
     """Raise UserError when settings or files differ from those that the shards were made of."""
     before, now = asdict(job.data), asdict(data)
     if source:
-        files = list_folder(source)[1]
+        if not data.dataset:  # no name was given
+            del before["dataset"]
+        files = list_inputs(data, source)[1]
         before["files"] = [file["name"] for file in job.sources]
         now["files"] = [file["name"] for file in files]
         for file in job.sources:
@@ -468,46 +470,83 @@ def refuse_changes(job: Job, data: Dataset, source: str):
         )
 
 
-def list_folder(folder: str) -> tuple[str, list[dict]]:
-    """Return no commit and the parquet files in a folder, as list_inputs() does."""
-    files = []
-    for path in sorted(Path(folder).glob("**/*.parquet")):
-        name = path.relative_to(folder).as_posix()
-        files.append(dict(name=name, bytes=path.stat().st_size, sha256=None))
-    if not files:
-        raise UserError(f"no .parquet files in {folder}; hint: --source FOLDER, one with some")
-    return "", files
+def list_inputs(data: Dataset, source: str = "") -> tuple[str, list[dict]]:
+    """Return the commit of a data set's repository, none for a folder, and its input files.
 
-
-def list_inputs(data: Dataset) -> tuple[str, list[dict]]:
-    """Return the commit of a data set's repository and its input files in name order."""
+    Of each name, bytes and, from the hub, SHA-256; in name order.
+    """
+    if source:
+        return "", pick(list_folder(source), data.config, source)
     revision = "main"
     folder = ""
     if data.dataset == FINEWEB_EDU:
         revision = FINEWEB_COMMIT
         folder = f"sample/{data.sample}"
-    folder = data.config or folder
     commit, listed = list_repository(data.dataset, data.revision or revision)
-    files = pick(listed, folder)
-    if not files:
-        raise UserError(
-            f"no .parquet files in {data.dataset}, folder {folder!r}; "
-            "hint: --config FOLDER, one of the repository with such files"
-        )
-    return commit, files
+    return commit, pick(listed, data.config or folder, data.dataset)
 
 
-def pick(listed: list[dict], folder: str) -> list[dict]:
-    """Return the parquet files of a folder, in name order; if some are called train, only these."""
+def list_folder(folder: str) -> list[dict]:
+    """Return the files in and below a folder, as list_repository() does."""
+    files = []
+    for path in Path(folder).rglob("*"):
+        if path.is_file():
+            name = path.relative_to(folder).as_posix()
+            files.append(dict(name=name, bytes=path.stat().st_size, sha256=None))
+    return files
+
+
+def pick(listed: list[dict], folder: str, place: str) -> list[dict]:
+    """Return the parquet files in a folder of place that are for training, in name order.
+
+    Those called so, or else those of no split at all: the last word of a path that names a split
+    counts, of folders or file. Raises UserError when there are none, and when without a folder
+    several have some: they may be the same text in two forms.
+    """
     for prefix in (folder, folder.replace("-", "/", 1)):  # sample-10BT is sample/10BT
-        start = f"{prefix}/" if prefix else ""
-        files = [
-            f for f in listed if f["name"].startswith(start) and f["name"].endswith(".parquet")
-        ]
+        start = f"{prefix}/" if prefix not in ("", ".") else ""
+        files = [f for f in listed if f["name"].startswith(start) and is_parquet(f["name"])]
         if files:
             break
-    train = [file for file in files if "train" in os.path.basename(file["name"])]
-    return sorted(train or files, key=lambda file: file["name"])
+    if not files:
+        raise UserError(
+            f"no .parquet files in {place}, folder {folder!r}; "
+            "hint: --config FOLDER, or --source FOLDER, one with such files"
+        )
+    splits = collections.defaultdict(list)
+    for file in sorted(files, key=lambda file: file["name"]):
+        splits[split_of(file["name"])].append(file)
+    train = splits.get("train") or splits.get("")
+    if not train:
+        raise UserError(
+            f"{place} has the splits {', '.join(splits)}, but no train; hint: rename the files "
+            "that are to become shards, and give their folder as --source"
+        )
+    folders = sorted({parent_of(file["name"]) for file in train})
+    if len(folders) > 1 and not folder:
+        raise UserError(
+            f"{place} has training files in several folders, {', '.join(folders[:5])}"
+            f"{', ...' if len(folders) > 5 else ''}, which may hold the same text; "
+            "hint: --config FOLDER, one of them, or --config . to take all"
+        )
+    return train
+
+
+def is_parquet(name: str) -> bool:
+    return name.lower().endswith(".parquet")
+
+
+def split_of(name: str) -> str:
+    """Return the split that the last word of its kind in a path names, "" without one."""
+    words = re.split(r"[^a-z]+", name.lower())
+    splits = [SPLITS[word] for word in words if word in SPLITS]
+    return splits[-1] if splits else ""
+
+
+def parent_of(name: str) -> str:
+    """Return the folder of a file, without those that only name a split."""
+    parts = name.split("/")[:-1]
+    return "/".join(part for part in parts if part.lower() not in SPLITS) or "."
 
 
 def fetch(job: Job, i: int, folder: str, source: str = "") -> str:
@@ -580,72 +619,6 @@ def progress(total: int, done: int = 0) -> tqdm:
     return tqdm(total=total, initial=done, **style)
 
 
-def read_documents(path: str, text_field: str, source: dict, bar: tqdm) -> Iterator[str]:
-    """Yield the documents of a file that are not blank, and count them in its manifest entry.
-
-    At the end the entry gets the file's SHA-256. Raises UserError naming file and line or row.
-    """
-    kind = path.removesuffix(".gz").rsplit(".", 1)[1]
-    place = path
-    start = bar.n
-    try:
-        with open(path, "rb") as raw:
-            for n, item in enumerate(read_items(raw, path, kind, text_field), 1):
-                if kind != "txt":
-                    place = f"{path}, {'line' if kind == 'jsonl' else 'row'} {n}"
-                if kind == "jsonl" and item.isspace():
-                    continue
-                text = to_text(item, kind, text_field)
-                blank = not text or text.isspace()  # null is blank, too
-                source["empty" if blank else "documents"] += 1
-                bar.update(start + raw.tell() - bar.n)
-                if not blank:
-                    yield text
-        source["sha256"] = sha256(path)
-    except (LookupError, TypeError) as e:
-        raise UserError(
-            f"{place}: no field {text_field!r}; hint: --text_field, the field that holds the text"
-        ) from e
-    except ImportError as e:
-        raise UserError(f"{place}: {one_line(e)}; hint: pip install pyarrow") from e
-    except (OSError, EOFError, ValueError, zlib.error, RecursionError, NotImplementedError) as e:
-        problem = one_line(e)
-        if isinstance(e, UnicodeError):
-            problem = f"not UTF-8: {e.reason} at byte {e.start}"
-        elif isinstance(e, json.JSONDecodeError):
-            problem = f"not JSON: {e.msg} at column {e.colno}"
-        raise UserError(f"{place}: {problem}; hint: repair this file, or leave it out") from e
-
-
-def read_items(raw, path: str, kind: str, text_field: str) -> Iterator:
-    """Yield the content of a .txt, the lines of a .jsonl, the values of a parquet column."""
-    stream = gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw
-    if kind == "txt":
-        yield stream.read()
-    elif kind == "jsonl":
-        yield from stream
-    else:
-        import pyarrow.parquet  # here, because only this needs it
-
-        for batch in pyarrow.parquet.ParquetFile(raw).iter_batches(256, columns=[text_field]):
-            yield from batch.column(0)
-
-
-def to_text(item, kind: str, text_field: str) -> str | None:
-    """Return the text of one of read_items(), None for null. ValueError when it is no text."""
-    if kind == "txt":
-        text = item.decode("utf-8")
-    elif kind == "jsonl":
-        text = json.loads(item.decode("utf-8").strip())[text_field]
-    else:
-        text = item.as_py()
-    if not isinstance(text, str | None):
-        raise ValueError(f"field {text_field!r} is {type(text).__name__}, not text")
-    if text and not text.isascii():
-        text.encode()  # ValueError for half a surrogate pair, which JSON can spell
-    return text
-
-
 def tokenize(texts: Iterable[tuple], workers: int = 0) -> Iterator[tuple]:
     """Yield (label, tokens) for (label, text), in order: uint16, <|endoftext|> before each text.
 
@@ -656,10 +629,11 @@ def tokenize(texts: Iterable[tuple], workers: int = 0) -> Iterator[tuple]:
     characters = 0
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         for label, text in texts:
-            for n, piece in enumerate(tokenizer.pieces(text)):
+            for n, piece in enumerate(pieces(text)):
                 future = pool.submit(tokenizer.encode, piece, starts_document=n == 0)
-                waiting.append((label, len(piece), future))
-                characters += len(piece)
+                size = len(piece) + 100  # for the memory of the future
+                waiting.append((label, size, future))
+                characters += size
                 while characters > IN_FLIGHT:
                     earliest, size, future = waiting.popleft()
                     characters -= size
@@ -672,7 +646,7 @@ def write_shards(
     out: str,
     name: str,
     shard_tokens: int,
-    texts: Iterable[tuple[tuple[dict, str], str]],
+    texts: Iterable[tuple[tuple[dict, str], str | LongText]],
     sources: list[dict],
     replaceable: Iterable[str] = (),
 ) -> list[dict]:

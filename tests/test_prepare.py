@@ -3,18 +3,20 @@
 python -m pytest tests/test_prepare.py
 """
 
+import contextlib
 import dataclasses
 import gzip
 import hashlib
+import http.server
 import io
 import json
 import multiprocessing
 import os
 import resource
-import shutil
 import signal
-import sys
-import types
+import threading
+import time
+import urllib.parse
 from pathlib import Path
 
 import numpy as np
@@ -297,7 +299,6 @@ BAD = {  # file name: its bytes, what the error says
     ),
     "list.jsonl": (b'{"text": "a"}\n["text"]\n', "list.jsonl, line 2: no field 'text'"),
     "number.jsonl": (b'{"text": 3}\n', "field 'text' is int"),
-    "half.jsonl": (b'{"text": "a"}\n{"text": "\\ud800"}\n', "half.jsonl, line 2: not UTF-8"),
     "deep.jsonl": (b"[" * 100_000, "deep.jsonl, line 1: "),
     "plain.txt.gz": (b"text", "Not a gzipped file"),
     "short.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 9)[:-9], "short.jsonl.gz"),
@@ -429,61 +430,104 @@ def test_the_command_line(tmp_path):
 # the hub
 
 
-class Hub(types.ModuleType):
-    """huggingface_hub as prepare.py uses it: the files of a folder, and one fault on demand."""
+class Hub(http.server.ThreadingHTTPServer):
+    """The files of a folder as huggingface.co serves a data set, on this machine, with faults."""
 
     def __init__(self, folder: Path, repository: str):
-        super().__init__("huggingface_hub")
+        super().__init__(("127.0.0.1", 0), HubRequest)
         self.folder = folder
         self.repository = repository
         self.names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
         self.hashes = {name: sha256(folder / name) for name in self.names}
-        self.fail_at = None  # name of a file
+        self.faults = []  # "drop" or (status, error code), for the next requests, in turn
+        self.fail_at = None  # name of a file whose content always breaks off
         self.listed = []  # revisions that were asked for
         self.downloaded = []  # (name, revision)
+        self.requests = 0
 
-    def HfApi(self):
-        return types.SimpleNamespace(dataset_info=self.dataset_info)
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
 
-    def dataset_info(self, repository, revision, files_metadata):
-        assert files_metadata
-        self.listed.append(revision)
-        files = [types.SimpleNamespace(rfilename=".gitattributes", lfs=None, size=1)]
-        for name in self.names if repository == self.repository else []:
-            lfs = self.hashes[name] and types.SimpleNamespace(sha256=self.hashes[name])
-            size = (self.folder / name).stat().st_size
-            files.append(types.SimpleNamespace(rfilename=name, lfs=lfs, size=size))
+
+class HubRequest(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass
+
+    def do_HEAD(self):
+        hub = self.server
+        hub.requests += 1
+        fault = hub.faults.pop(0) if hub.faults else None
+        path = urllib.parse.unquote(self.path.partition("?")[0])
+        listing = path.startswith(f"/api/datasets/{hub.repository}/revision/")
+        start = f"/datasets/{hub.repository}/resolve/"
+        if fault == "drop":
+            self.connection.close()
+        elif fault or not (listing or path.startswith(start)):
+            status, code = fault or (404, "RepoNotFound")
+            self.answer(status, {"X-Error-Code": code, "X-Error-Message": "so it is"})
+        elif listing:
+            self.list_files(path.rsplit("/", 1)[1])
+        else:
+            self.send_file(*path.removeprefix(start).split("/", 1))
+
+    do_GET = do_HEAD
+
+    def answer(self, status: int, headers: dict, content: bytes = b""):
+        self.send_response(status)
+        for name, value in ({"Content-Length": len(content)} | headers).items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def list_files(self, revision: str):
+        hub = self.server
+        hub.listed.append(revision)
+        siblings = [dict(rfilename=".gitattributes", size=1)]
+        for name in hub.names:
+            size = (hub.folder / name).stat().st_size
+            lfs = dict(size=size, sha256=hub.hashes[name], pointerSize=1)
+            siblings.append(dict(rfilename=name, size=size, lfs=lfs))
         commit = "c0ffee" if revision == "main" else revision
-        return types.SimpleNamespace(sha=commit, siblings=files)
+        info = dict(id=hub.repository, sha=commit, siblings=siblings, tags=[])
+        self.answer(200, {"Content-Type": "application/json"}, json.dumps(info).encode())
 
-    def hf_hub_download(self, repository, name, repo_type, revision, local_dir):
-        assert repository == self.repository and repo_type == "dataset"
-        self.downloaded.append((name, revision))
-        cache = Path(local_dir) / ".cache" / "huggingface"
-        cache.mkdir(parents=True, exist_ok=True)
-        if name == self.fail_at:
-            (cache / "half.incomplete").write_bytes(b"half")
-            raise ConnectionRefusedError("the line\nwent dead")
-        (Path(local_dir) / name).parent.mkdir(parents=True, exist_ok=True)
-        return str(shutil.copy(self.folder / name, Path(local_dir) / name))
+    def send_file(self, revision: str, name: str):
+        content = (self.server.folder / name).read_bytes()
+        headers = {"ETag": f'"{self.server.hashes[name]}"', "X-Repo-Commit": revision}
+        if self.command == "GET":
+            self.server.downloaded.append((name, revision))
+            if name == self.server.fail_at:
+                headers["Content-Length"] = len(content)
+                content = content[:9]
+        self.answer(200, headers, content)
+
+
+@contextlib.contextmanager
+def hub_of(folder: Path, repository: str, monkeypatch):
+    """A hub that huggingface_hub takes for huggingface.co; waits are noted and not waited for."""
+    from huggingface_hub import constants
+
+    hub = Hub(folder, repository)
+    hub.waits = []
+    threading.Thread(target=hub.serve_forever, args=(0.01,), daemon=True).start()
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.url())
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url())
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(time, "sleep", hub.waits.append)
+    yield hub
+    hub.shutdown()
+    hub.server_close()
+
+
+def waits(hub: Hub) -> list[float]:
+    """The waits of prepare.py among all, which has longer ones than huggingface_hub."""
+    return [seconds for seconds in hub.waits if seconds in prepare.WAITS]
 
 
 def training_tokens(out) -> list[int]:
     return [shard.tokens for shard in shard_files.open_shards(str(out), "train", 64)]
-
-
-def test_the_installed_huggingface_hub_is_as_the_fake_one():
-    """Our calls fit the signatures of the real package, which retries by itself."""
-    import inspect
-
-    import huggingface_hub
-
-    signature = inspect.signature(huggingface_hub.hf_hub_download)
-    signature.bind("a/b", "name", repo_type="dataset", revision="main", local_dir="x")
-    signature = inspect.signature(huggingface_hub.HfApi().dataset_info)
-    signature.bind("a/b", revision="main", files_metadata=True)
-    fields = inspect.signature(huggingface_hub.hf_api.RepoSibling).parameters
-    assert {"rfilename", "size", "lfs"} <= set(fields)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -844,9 +888,8 @@ def test_an_unfinished_directory_is_reported_by_audit(source, tmp_path):
 
 @pytest.fixture
 def edu_hub(source, monkeypatch):
-    hub = Hub(Path(source), prepare.FINEWEB_EDU)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    return hub
+    with hub_of(Path(source), prepare.FINEWEB_EDU, monkeypatch) as hub:
+        yield hub
 
 
 def test_the_hub_gives_the_same_shards_as_the_files(edu_hub, source, tmp_path, monkeypatch):
@@ -877,24 +920,119 @@ def test_a_download_that_fails_half_way_resumes_there(edu_hub, source, tmp_path)
     (Path(source) / name).write_bytes(good)
     del edu_hub.downloaded[:]
     edu_hub.fail_at = list(INPUTS)[2]
-    assert "the line went dead; hint: check network" in fineweb_error(tmp_path / "out")
+    assert "RemoteProtocolError" in (message := fineweb_error(tmp_path / "out"))
+    assert "hint: check the network, then run this again" in message
+    assert waits(edu_hub) == list(prepare.WAITS)
     edu_hub.fail_at = None
     assert shards_of(fineweb(tmp_path / "out")) == shards_of(expected)
     names = list(INPUTS)
-    assert [n for n, _ in edu_hub.downloaded] == [names[1], names[2], *names[2:]]
+    assert sorted({n for n, _ in edu_hub.downloaded}) == names[1:]
+    assert [n for n, _ in edu_hub.downloaded[-2:]] == names[2:]
+
+
+@pytest.mark.parametrize("fault", ["drop", (503, ""), (429, ""), (504, "")])
+def test_what_may_pass_is_waited_out(edu_hub, source, tmp_path, fault, capsys):
+    """Also beyond the seconds for which huggingface_hub retries by itself."""
+    edu_hub.faults = [fault] * 3 + [None] + [fault] * 9  # at the list, and at the first file
+    assert fineweb(tmp_path / "out").keys() == fineweb(tmp_path / "whole", source).keys()
+    assert edu_hub.faults == [] and waits(edu_hub)[0] == prepare.WAITS[0]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "waiting for" in line]
+    assert len(lines) == len(waits(edu_hub)) and f"for 5 s (1 of {len(prepare.WAITS)})" in lines[0]
+
+
+def test_a_hub_that_stays_away_is_given_up(edu_hub, tmp_path):
+    """After a quarter of an hour; nothing listens there."""
+    edu_hub.shutdown()
+    edu_hub.server_close()
+    message = fineweb_error(tmp_path / "out")
+    assert "ConnectError" in message and "hint: check the network" in message
+    assert waits(edu_hub) == list(prepare.WAITS) and 800 < sum(prepare.WAITS) < 1000
+
+
+@pytest.mark.parametrize(
+    "fault, expected",
+    [
+        ((401, "RepoNotFound"), "check the name (--dataset OWNER/NAME); a private data set needs"),
+        ((401, ""), "`hf auth login`"),
+        ((403, "GatedRepo"), "accept its terms at https://huggingface.co/datasets/Hugg"),
+        ((403, ""), "`hf auth login`"),
+        ((404, "RepoNotFound"), "check the name"),
+        ((404, "RevisionNotFound"), "--revision"),
+    ],
+)
+def test_a_refusal_is_not_waited_for_and_its_hint_helps(edu_hub, tmp_path, fault, expected):
+    for earlier in ([], [None]):  # at the list of files, and at the first of them
+        edu_hub.faults = [*earlier, fault]
+        message = fineweb_error(tmp_path / "out")
+        assert expected in message.partition("hint: ")[2] and waits(edu_hub) == []
+
+
+def test_the_offline_switch_of_the_hub_is_named(edu_hub, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hint = fineweb_error(tmp_path / "out").partition("hint: ")[2]
+    assert "unset HF_HUB_OFFLINE" in hint and edu_hub.requests == 0 and waits(edu_hub) == []
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    hint = fineweb_error(tmp_path / "out", data=Dataset(dataset="a/b/c")).partition("hint: ")[2]
+    assert "--dataset OWNER/NAME" in hint and edu_hub.requests == 0
+
+
+def test_full_disks_are_not_waited_for():
+    """As Python and as hf_xet say it; what hf_xet says of a lost connection is."""
+    assert not prepare.may_pass(OSError(28, "No space left on device"))
+    assert not prepare.may_pass(RuntimeError("Task error: No space left on device (os error 28)"))
+    assert prepare.may_pass(RuntimeError("Task error: CAS Client Error: error sending request"))
 
 
 def test_which_files_are_taken():
     def names(folder, *listed):
-        return [f["name"] for f in prepare.pick([dict(name=name) for name in listed], folder)]
+        listed = [dict(name=name) for name in listed]
+        return [f["name"] for f in prepare.pick(listed, folder, "a/b")]
+
+    def refusal(folder, *listed):
+        return error_of(names, folder, *listed)
 
     a, b, c = "sample/10BT/a.parquet", "sample/10BT/b.parquet", "sample/100BT/c.parquet"
     listed = (b, a, c, "sample/10BT/x.json")
     assert names("sample/10BT", *listed) == names("sample-10BT", *listed) == [a, b]
-    assert names("", "data/validation-0.parquet", "data/train-0.parquet") == [
-        "data/train-0.parquet"
-    ]
-    assert names("data", *listed) == []
+    assert "no .parquet files in a/b, folder 'data'" in refusal("data", *listed)
+    assert names("", "x.PARQUET", "constraints-0.parquet") == ["constraints-0.parquet", "x.PARQUET"]
+    for train, *others in (
+        ("data/train-0.parquet", "data/validation-0.parquet", "data/test-0.parquet"),
+        ("default/train/0.parquet", "default/test/0.parquet", "default/validation/0.parquet"),
+        ("train_sft.parquet", "other.parquet", "constraints.parquet"),
+        ("0000.parquet", "test.parquet", "dev.parquet"),
+        ("test/train-0.parquet", "train/test-0.parquet"),
+    ):
+        assert names("", *others, train) == [train]
+    assert "has the splits test, validation, but no train" in refusal(
+        "", "x/test-0.parquet", "x/val-0.parquet"
+    )
+    two = ("wikitext-103/train-0.parquet", "wikitext-2/train/0.parquet")
+    message = refusal("", *two)
+    assert "in several folders, wikitext-103, wikitext-2, which may hold the same text" in message
+    assert names("wikitext-2", *two) == [two[1]] and names(".", *two) == list(two)
+
+
+def test_a_folder_is_read_as_a_repository_is(tmp_path, monkeypatch):
+    """The same splits, hence the same shards; and its manifest claims no data set of the hub."""
+    for split in ("train", "test", "validation"):
+        (tmp_path / "in" / "default" / split).mkdir(parents=True)
+        documents = [f"{split} {i} " + "lorem ipsum " * 20 for i in range(20)]
+        write(tmp_path / "in" / "default" / split / "0000.parquet", documents)
+    data = Dataset(shard_tokens=SHARD)
+    files = fineweb(tmp_path / "out", str(tmp_path / "in"), data)
+    manifest = read_manifest(tmp_path / "out")
+    tokens = np.concatenate([np.load(tmp_path / "out" / s["file"]) for s in manifest["shards"]])
+    text = tokenizer.gpt2().decode(tokens.tolist())
+    assert text.count("train") == 20 and "test" not in text and "validation" not in text
+    assert manifest["dataset"]["dataset"] == "" and "HuggingFaceFW" not in json.dumps(manifest)
+    assert fineweb(tmp_path / "out", str(tmp_path / "in"), data) == files
+    with hub_of(tmp_path / "in", "a/b", monkeypatch):
+        data = Dataset(dataset="a/b", shard_tokens=SHARD)
+        assert shards_of(fineweb(tmp_path / "hub", data=data)) == shards_of(files)
+    assert read_manifest(tmp_path / "hub")["dataset"]["dataset"] == "a/b"
 
 
 # --------------------------------------------------------------------------------------------------
