@@ -13,7 +13,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from runtime.command_line import UserError, parse, run_script
+from runtime.command_line import UserError, parse, run_script, say
 from shard_files import Shard, open_shards, read_manifest, scan
 from shards import Windows, micro_batch_positions
 from tokenizer import EOT
@@ -53,16 +53,16 @@ class Audit:
                 f"{self.root} is not complete; the command that began it resumes it "
                 "(sources in manifest.json)"
             )
-        print(f"{'split':24}{'tokens':>16}{'windows':>14}{'documents':>14}")
+        say(f"{'split':24}{'tokens':>16}{'windows':>14}{'documents':>14}")
         for split in ("val", "train"):
             shards = open_shards(self.root, split, self.T, wrong)
             wrong += self.report_split(split, shards)
         if shards:
             wrong += self.report_run(shards)
         for problem in wrong:
-            print(f"wrong: {problem}")
+            say(f"wrong: {problem}")
         if not wrong:
-            print("nothing wrong")
+            say("nothing wrong")
         sys.exit(bool(wrong))
 
     def report_split(self, split: str, shards: list[Shard]) -> list[str]:
@@ -85,7 +85,7 @@ class Audit:
         tokens = sum(shard.tokens for shard in shards)
         windows = sum((shard.tokens - 1) // self.T for shard in shards)
         name = f"{split}, shards: {len(shards)}"
-        print(f"{name:24}{tokens:16,}{windows:14,}{documents:>14}")
+        say(f"{name:24}{tokens:16,}{windows:14,}{documents:>14}")
         return wrong
 
     def report_run(self, shards: list[Shard]) -> list[str]:
@@ -96,19 +96,19 @@ class Audit:
         end = self.max_steps * (self.total_batch // self.T)  # windows that the run reads
         last = int(windows.locate(np.array([end - 1]))[0, 0])  # epoch
         memory = tracemalloc.get_traced_memory()[0]
-        print(f"index: {time.perf_counter() - started:.3f} s, {memory / 1e6:.3f} MB")
+        say(f"index: {time.perf_counter() - started:.3f} s, {memory / 1e6:.3f} MB")
         tracemalloc.stop()
         epochs = last + (end - windows.epoch_start(last)) / windows.per_epoch(last)
-        print(
+        say(
             f"run: {self.max_steps:,} steps, {end:,} windows, {epochs:.3f} epochs, "
             f"{self.data_order} order, seed {self.data_seed}\n"
         )
         if epochs > 10:
-            print(
+            say(
                 f"note: {epochs:,.0f} epochs are far more than data are worth repeating (about 4); "
                 "hint: the settings of your run, --max_steps and --total_batch\n"
             )
-        print(
+        say(
             f"{'read by':24}{'windows':>16}{'tokens left out':>18}{'never':>12}{'once':>12}"
             f"{'more often':>12}"
         )
@@ -132,7 +132,7 @@ class Audit:
             rows["  a process, most"] = np.max(shares, 0)
         for name, parts in rows.items():
             columns = "".join(f"{part:12.4%}" for part in parts)
-            print(f"{name:24}{n:16,}{windows.left_out(epoch).sum():18,}{columns}")
+            say(f"{name:24}{n:16,}{windows.left_out(epoch).sum():18,}{columns}")
         if more or once != min(n, end - windows.epoch_start(epoch)):
             return [
                 f"epoch {epoch}: {once:,} windows are read once, {more:,} more often, "

@@ -48,9 +48,18 @@ def say(message: str):
 
 
 def run_script(main: Callable[[], None]):
-    """Run a script's main function; a UserError ends in one line and status 2."""
+    """Run a script's main function; a UserError ends in one line and status 2.
+
+    A reader of the output that has seen enough (`| head -1`) gives status 141, as SIGPIPE does.
+    """
     try:
-        main()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the exit
+        sys.exit(141)
     except UserError as e:
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" (rank {rank})"
@@ -91,6 +100,7 @@ def repeat_after_torchrun(message: str):
 
 # Options are written --like_this or --like-this.
 STYLE = {"use_underscores": True, "config": (tyro.conf.FlagConversionOff,)}
+POSITIONAL = typing.get_args(tyro.conf.Positional[str])[1]  # tyro's mark
 TRUE = ("true", "yes", "on", "1")
 FALSE = ("false", "no", "off", "0")
 
@@ -143,6 +153,7 @@ def canonical(args: list[str], types: dict[str, object], advice: dict[str, str])
     Raises UserError for unknown options, and for values of a wrong type.
     """
     out, wrong = [], []
+    positional = any(POSITIONAL in typing.get_args(option_type) for option_type in types.values())
     i = 0
     while i < len(args):
         if not args[i].startswith("--") or args[i] == "--help":
@@ -160,8 +171,10 @@ def canonical(args: list[str], types: dict[str, object], advice: dict[str, str])
             wrong.append(f"no option --{name}: {advice.get(name) or near(name, types)}")
             continue
         if types[name] is bool:
-            if not equals and i < len(args) and not args[i].startswith("--"):
-                value = args[i]
+            word = "--" if equals or i == len(args) else args[i]
+            # in `audit.py --contents DIR` the word after the flag is not its value
+            if not word.startswith("--") and (word.lower() in TRUE + FALSE or not positional):
+                value = word
                 i += 1
             value = boolean(value)
         elif not equals and i < len(args) and not args[i].startswith("--"):
