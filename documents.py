@@ -8,6 +8,7 @@ import codecs
 import collections
 import glob
 import gzip
+import itertools
 import json
 import os
 import random
@@ -26,6 +27,7 @@ ENDINGS = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 BLOCK = 1 << 24  # characters of documents that are split into train and validation together
 CHUNK = 1 << 20  # bytes of a .txt that are read together, characters that are cut together
 LONGEST_LINE = 1 << 25  # bytes in a line of a .jsonl
+LONGEST_WORD = 1 << 20  # characters without a blank whose tokens are those of the whole
 END_OF_TEXT = "<|endoftext|>"  # ordinary text in a document
 LFS_POINTER = b"version https://git-lfs"
 READ_ERRORS = (OSError, EOFError, ValueError, zlib.error, RecursionError, NotImplementedError)
@@ -194,9 +196,12 @@ def read_items(raw, path: str, kind: str, text_field: str, source: dict) -> Iter
     if kind == "txt":
         yield read_text(stream, path, source)
     elif kind == "jsonl":
-        while line := stream.readline(LONGEST_LINE + 1):
+        for n in itertools.count(1):
+            line = stream.readline(LONGEST_LINE + 1)
+            if not line:
+                return
             if len(line) > LONGEST_LINE:
-                raise ValueError(f"a line of more than {LONGEST_LINE >> 20} MB")
+                raise ValueError(f"line {n} has more than {LONGEST_LINE >> 20} MB")
             yield line.removeprefix(codecs.BOM_UTF8)
     else:
         import pyarrow.parquet  # here, because only this needs it
@@ -302,14 +307,14 @@ def chunks(text: str | LongText, progress: bool = False) -> Iterator[str]:
 def pieces(text: str | LongText) -> Iterator[str]:
     """Cut a text into pieces whose tokens are those of the whole, as tokenizer.pieces() does.
 
-    A word of more than CHUNK characters without a blank is cut anywhere: tiktoken needs a hundred
-    times its size.
+    A word of more than LONGEST_WORD characters is cut anywhere: tiktoken needs a hundred times its
+    size, and seconds.
     """
     rest = ""
     for chunk in chunks(text, progress=True):
         *whole, rest = tokenizer.pieces(rest + chunk)
         yield from whole
-        if len(rest) > CHUNK:
+        if len(rest) > LONGEST_WORD:
             yield rest
             rest = ""
     if rest:

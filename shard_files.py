@@ -12,7 +12,9 @@ import itertools
 import json
 import os
 import re
+import stat
 import time
+import tokenize
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +28,7 @@ from tokenizer import EOT
 MANIFEST_FORMAT = 1  # of manifest.json
 BIN_MAGIC = 20240520  # llm.c's
 BIN_HEADER = 1024  # bytes: 256 int32
+NO_BIN_HEADER = "its header is not llm.c's (magic 20240520, version 1)"
 RESTORE_HINT = "hint: restore the shard, then run the same command to resume"
 SCAN_TOKENS = 1 << 21  # read at a time: 4 MB
 
@@ -53,6 +56,8 @@ class Scan(NamedTuple):
 def stamp(path: str) -> tuple:
     """Return size, time of change and inode: they differ once a file is written or replaced."""
     status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for a writer
+        raise ValueError("it is no regular file")
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 
@@ -71,9 +76,10 @@ def open_shard(path: str) -> Shard:
 
 def read_bin_header(f) -> tuple[int, int]:
     """Return where the ids of a .bin file begin, and how many there are. Raises ValueError."""
-    header = np.frombuffer(f.read(BIN_HEADER), dtype=np.int32)
+    raw = f.read(BIN_HEADER)
+    header = np.frombuffer(raw[: len(raw) // 4 * 4], dtype=np.int32)
     if len(header) < 256 or header[0] != BIN_MAGIC or header[1] != 1:
-        raise ValueError("its header is not llm.c's (magic 20240520, version 1)")
+        raise ValueError(NO_BIN_HEADER)
     return BIN_HEADER, int(header[2])
 
 
@@ -84,7 +90,12 @@ def read_npy_header(f) -> tuple[int, int]:
         (1, 0): np.lib.format.read_array_header_1_0,
         (2, 0): np.lib.format.read_array_header_2_0,
     }
-    shape, _, dtype = readers[version](f)
+    if version not in readers:
+        raise ValueError(f"its .npy version is {version}, expected (1, 0) or (2, 0)")
+    try:
+        shape, _, dtype = readers[version](f)
+    except (TypeError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError) as e:
+        raise ValueError(f"its header is not numpy's ({one_line(e)})") from e
     if dtype != np.uint16 or len(shape) != 1:
         raise ValueError(f"it holds {dtype} of shape {shape}, expected one dimension of uint16")
     return f.tell(), shape[0]
@@ -121,7 +132,7 @@ def open_shards(root: str, split: str, T: int, wrong: list[str] | None = None) -
             if not entry:
                 raise ValueError(length)
             short.append(f"{path}: {length}")
-        except (ValueError, OSError, KeyError, EOFError) as e:
+        except (ValueError, OSError) as e:
             problems.append(f"{path}: {e}")
     for name in listed:
         problems.append(f"{os.path.join(root, name)}: in manifest.json, but not there")
@@ -135,11 +146,26 @@ def open_shards(root: str, split: str, T: int, wrong: list[str] | None = None) -
     if wrong is not None:
         wrong += problems
     elif problems:
-        hint = "hint: prepare these shards again, or move them away"
-        if any("window" in problem for problem in problems):
-            hint += ", or lower --T"
-        raise UserError(f"{'; '.join(problems)}; {hint}")
+        raise UserError(f"{'; '.join(problems)}; hint: {open_hint(problems, split)}")
     return shards
+
+
+def open_hint(problems: list[str], split: str) -> str:
+    """Return what to do about the problems of open_shards()."""
+    hints = ["prepare these shards again, or move them away"]
+    if any("window" in problem for problem in problems):
+        share = ", with a larger --val_share" if split == "val" else ""
+        hints = [f"lower --T, or prepare more text{share}"]
+    for problem in problems:
+        path, found, _ = problem.partition(f": {NO_BIN_HEADER}")
+        if found:
+            command = f"import numpy as n; n.save({path[:-4]!r}, n.fromfile({path!r}, n.uint16))"
+            hints.append(
+                f'if {path} holds bare uint16 ids, as nanoGPT\'s does: python -c "{command}" '
+                "makes it a shard; then move it away"
+            )
+            break
+    return ", or ".join(hints)
 
 
 def shard_paths(root: str, split: str) -> list[Path]:
@@ -164,16 +190,28 @@ def read_manifest(root: str | Path) -> dict:
     if not path.exists():
         return {}
     try:
-        manifest = json.loads(path.read_text())
+        if not path.is_file():
+            raise ValueError("it is no regular file")
+        manifest = json.loads(path.read_text(encoding="utf-8"))
         for shard in manifest["shards"]:
-            missing = {"file", "split", "tokens"} - set(shard)
-            if missing:
-                raise ValueError(f"a shard without {', '.join(sorted(missing))}")
+            check_entry(shard)
         if manifest["tokenizer"] != "gpt2":
             raise ValueError(f"tokenizer {manifest['tokenizer']!r}, expected 'gpt2'")
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as e:
         raise UserError(f"{path}: {one_line(e)}; hint: prepare these shards again") from e
     return manifest
+
+
+def check_entry(shard: dict):
+    """Raise ValueError or TypeError for an entry of manifest.json that is not a shard's."""
+    missing = {"file", "split", "tokens"} - set(shard)
+    if missing:
+        raise ValueError(f"a shard without {', '.join(sorted(missing))}")
+    name, sha256 = shard["file"], shard.get("sha256")
+    if not isinstance(name, str) or "/" in name or not name.isprintable():
+        raise ValueError(f"a shard's file is {name!r:.80}, expected a name")
+    if type(shard["tokens"]) is not int or not isinstance(sha256, str | None):
+        raise ValueError(f"{name} has {shard['tokens']!r:.80} tokens, SHA-256 {sha256!r:.80}")
 
 
 # --------------------------------------------------------------------------------------------------

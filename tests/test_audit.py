@@ -4,15 +4,17 @@ python -m pytest tests/test_audit.py
 """
 
 import os
+import subprocess
 
 import numpy as np
 import pytest
-from conftest import run, write_shards
+from conftest import ROOT, python, run, write_shards
 from test_shard_files import flip, with_manifest
 from test_shards import DATA_ORDERS, open_windows
 
 import shards
 from audit import Audit, times_seen
+from runtime.command_line import parse
 
 # 480 windows of at most 186 per epoch: 2.6 epochs
 RUN = {"T": 16, "world_size": 4, "B": 2, "total_batch": 512, "max_steps": 15}
@@ -160,3 +162,30 @@ def test_audit_from_the_command_line(tmp_path):
     assert bad.returncode == 2
     assert bad.stderr.startswith("error: total_batch 100 ")
     assert bad.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words, contents",
+    [("--contents DIR", True), ("--no-contents DIR", False), ("DIR --contents off", False)],
+)
+def test_a_flag_does_not_take_the_directory_for_its_value(words, contents):
+    audit = parse(Audit, words.split())
+    assert (audit.root, audit.contents) == ("DIR", contents)
+
+
+SAYS = "from runtime.command_line import run_script; run_script(lambda: print('x'))"
+
+
+def test_a_reader_who_has_seen_enough_changes_nothing(tmp_path):
+    """`audit.py DIR | head -1`: the status is that of the shards, and nothing is on stderr.
+
+    Other scripts end as others do that SIGPIPE ends.
+    """
+    folder = with_manifest(write_shards(tmp_path, SIZES))
+    settings = [word for key, value in RUN.items() for word in (f"--{key}", value)]
+    for status, *command in ((0, "audit.py", folder, *settings), (141, "-c", SAYS)):
+        reading, writing = os.pipe()
+        os.close(reading)
+        with open(tmp_path / "stderr", "w") as stderr, open(writing, "w") as pipe:
+            done = subprocess.run(python(*command), cwd=ROOT, stdout=pipe, stderr=stderr)
+        assert done.returncode == status and (tmp_path / "stderr").read_text() == ""

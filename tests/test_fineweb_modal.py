@@ -82,8 +82,8 @@ def cloud(script, monkeypatch):
     def reload():
         script.events.append("reload")
 
-    def starmap(calls, order_outputs, return_exceptions, wrap_returned_exceptions):
-        assert return_exceptions and not order_outputs and not wrap_returned_exceptions
+    def starmap(calls, order_outputs, return_exceptions):
+        assert return_exceptions and not order_outputs
         for call in reversed(calls):
             script.events.append(call[1])
             try:

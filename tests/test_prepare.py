@@ -1073,7 +1073,7 @@ def test_shards_of_the_text_are_made_once(text, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("change", ["another text", "killed", "damaged", "no manifest"])
-def test_shards_of_another_text_or_damaged_ones_are_replaced(text, tmp_path, change):
+def test_shards_of_another_text_or_damaged_ones_are_replaced(text, tmp_path, change, capsys):
     out = tmp_path / "out"
     text.write_text("a\nb\nc\n" * 100)
     prepare.shakespeare(str(out))
@@ -1085,8 +1085,11 @@ def test_shards_of_another_text_or_damaged_ones_are_replaced(text, tmp_path, cha
         (out / "manifest.json").write_text("{")
     else:
         (out / "shakespeare_val_000000.npy").write_bytes(b"half")
+    capsys.readouterr()
     prepare.shakespeare(str(out))
     assert "".join(read(out, "train") + read(out, "val")) == text.read_text()
+    said = capsys.readouterr().out
+    assert f"made again, of {text} as it is now: train " in said or change == "killed"
 
 
 def test_shards_of_something_else_are_kept(text, tmp_path):

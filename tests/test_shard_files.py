@@ -4,12 +4,14 @@ python -m pytest tests/test_shard_files.py
 """
 
 import json
+import re
+import shlex
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_shards
+from conftest import run, write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_shards import open_windows, read_epoch, world
@@ -123,7 +125,7 @@ DAMAGES = {  # what is done to the folder, what the message must say
     ),
     "short": (
         lambda folder: np.save(folder / SECOND, np.zeros(10, np.uint16)),
-        ["10 tokens", "T + 1 = 65", "lower --T"],
+        ["10 tokens", "T + 1 = 65", "hint: lower --T, or prepare more text"],
     ),
     "manifest": (list_wrong_count, ["manifest.json says 999, on disk 1000", "no such shard"]),
     "absent": (list_absent_shard, [f"{SECOND}: in manifest.json, but not there"]),
@@ -155,6 +157,27 @@ def test_bad_shards_are_named(tmp_path, name):
     message = str(e.value)
     assert all(word in message for word in (*words, "hint:")), message
     assert "\n" not in message
+
+
+def test_a_short_validation_names_the_share(tmp_path):
+    """As `prepare.py files` leaves it from a text of a few lines."""
+    folder = with_manifest(write_shards(tmp_path, {"train": [1000], "val": [29]}))
+    with pytest.raises(UserError, match="29 tokens, fewer than.*hint: lower --T.*--val_share"):
+        open_shards(str(folder), "val", 64)
+
+
+def test_the_hint_for_nanogpts_files_makes_them_shards(tmp_path):
+    """The command that the error gives is run as it stands."""
+    ids = np.random.default_rng(0).integers(0, 50257, 3000).astype(np.uint16)
+    for split in ("train", "val"):
+        ids.tofile(tmp_path / f"{split}.bin")
+        with pytest.raises(UserError) as e:
+            open_shards(str(tmp_path), split, 64)
+        command = re.search('python -c (".*?")', str(e.value))[1]
+        assert run("-c", *shlex.split(command)).returncode == 0
+        (tmp_path / f"{split}.bin").unlink()
+        (shard,) = open_shards(str(tmp_path), split, 64)
+        assert shard.tokens == 3000 and np.array_equal(np.load(shard.path), ids)
 
 
 def test_all_that_is_wrong_is_listed_and_the_rest_opened(tmp_path):
