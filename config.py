@@ -358,7 +358,7 @@ def from_command_line(argv: list[str]) -> tuple[TrainConfig, list[str]]:
     parsed = parse(
         dataclasses.make_dataclass("Settings", groups, frozen=True),
         argv,
-        advice=ADVICE,
+        advice=ADVICE | dict.fromkeys(PRESETS, ADVICE["preset"]),
         prog=f"train_gpt2.py {name}",
         description=f"presets (first word; shown: {name}): {', '.join(PRESETS)}",
     )

@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import difflib
+import functools
 import inspect
+import io
 import os
 import re
 import subprocess
@@ -11,7 +13,7 @@ import sys
 import time
 import typing
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import Annotated, Literal, TextIO
 
 import tyro
 
@@ -33,42 +35,69 @@ def near(word: str, words: Iterable[str]) -> str:
     return f"one of {', '.join(words)}"
 
 
+def printable(text: str) -> str:
+    """Return text with control characters written out, so that a terminal does not obey them.
+
+    Newlines and tabs stay. For whatever others have written: models, prompts, files, paths.
+    """
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+# C0 and C1 without newline and tab, and what changes the direction of writing
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def show(text: str, console: TextIO | None = None):
+    """Write text to a console (default: stdout), without a line end.
+
+    Control characters are written out, and what the console's alphabet lacks is replaced.
+    """
+    console = console or sys.stdout
+    text = printable(text)
+    try:
+        print(text, end="", flush=True, file=console)
+    except UnicodeEncodeError:
+        alphabet = console.encoding
+        print(text.encode(alphabet, "replace").decode(alphabet), end="", flush=True, file=console)
+
+
 def say(message: str):
     """Print one line on rank 0. A console that is gone, or on a full disk, never stops a run."""
     if os.environ.get("RANK", "0") != "0":
         return
     try:
-        print(message, flush=True)
-    except UnicodeEncodeError:  # a console of another alphabet
-        print(message.encode("ascii", "replace").decode(), flush=True)
+        show(f"{message}\n")
     except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  stays open until the process ends
+        leave_pipe()
     except OSError:
         pass
 
 
-def run_script(main: Callable[[], None]):
-    """Run a script's main function; a UserError ends in one line and status 2.
+def leave_pipe():
+    """Write nothing more to stdout, whose reader has seen enough (`| head`)."""
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  stays open until the process ends
 
-    A reader of the output that has seen enough (`| head -1`) gives status 141, as SIGPIPE does.
-    """
+
+def run_script(main: Callable[[], None]):
+    """Run a script's main function; a UserError ends in one line and status 2."""
     try:
-        try:
-            main()
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the exit
-        sys.exit(141)
+        main()
     except UserError as e:
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" (rank {rank})"
-        print(f"error{where}: {e}", file=sys.stderr, flush=True)
+        show(f"error{where}: {e}\n", sys.stderr)
         if rank == "0":
-            repeat_after_torchrun(f"error: {e}")
+            repeat_after_torchrun(printable(f"error: {e}"))
         else:
             time.sleep(1)  # torchrun ends the others once one has ended: rank 0 is to report first
         sys.exit(2)
+    except BrokenPipeError:
+        leave_pipe()
+    finally:
+        try:
+            sys.stdout.flush()  # of --help, for example
+        except BrokenPipeError:
+            leave_pipe()
 
 
 REPEAT = r"""
@@ -100,21 +129,34 @@ def repeat_after_torchrun(message: str):
 
 # Options are written --like_this or --like-this.
 STYLE = {"use_underscores": True, "config": (tyro.conf.FlagConversionOff,)}
-POSITIONAL = typing.get_args(tyro.conf.Positional[str])[1]  # tyro's mark
 TRUE = ("true", "yes", "on", "1")
 FALSE = ("false", "no", "off", "0")
 
 
+# A path as an option: ~ is the home directory, also behind "=", where no shell replaces it.
+PathText = Annotated[
+    str,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: os.path.expanduser(words[0]),
+        is_instance=lambda value: isinstance(value, str),
+        str_from_instance=lambda value: [value],
+    ),
+]
+
+
 def parse(what, args: list[str] | None = None, advice: dict[str, str] | None = None, **more):
-    """Build a dataclass from a command line (default: sys.argv), or call a function.
+    """Build a dataclass from a command line (default: sys.argv).
 
     Integers may be written 1e4 or 2**19; booleans as --flag, --no-flag, or with a value. Raises
-    UserError for unknown options; `advice` says what names that others use are called here.
-    The rest is tyro.cli(), which gets `more`.
+    UserError for mistakes; `advice` says what names that others use are called here. The rest is
+    tyro.cli(), which gets `more`.
     """
     args = sys.argv[1:] if args is None else args
     args = canonical(args, option_types(what), advice or {})
-    return tyro.cli(what, args=args, **STYLE, **more)
+    with errors_in_one_line():
+        return tyro.cli(what, args=args, **STYLE, **more)
 
 
 def parse_command(commands: dict[str, Callable], description: str):
@@ -122,15 +164,49 @@ def parse_command(commands: dict[str, Callable], description: str):
     args = sys.argv[1:]
     if args and args[0] in commands:
         args = args[:1] + canonical(args[1:], option_types(commands[args[0]]), {})
-    return tyro.extras.subcommand_cli_from_dict(
-        commands, args=args, description=description, **STYLE
-    )
+    classes = {name: command for name, command in commands.items() if inspect.isclass(command)}
+    functions = {name: deferred(commands[name]) for name in commands.keys() - classes.keys()}
+    in_order = {name: (classes | functions)[name] for name in commands}
+    with errors_in_one_line():
+        result = tyro.extras.subcommand_cli_from_dict(
+            in_order, args=args, description=description, **STYLE
+        )
+    return result() if args[0] in functions else result
+
+
+def deferred(function: Callable) -> Callable:
+    """Return a function of the same signature that returns the call instead of making it."""
+
+    @functools.wraps(function)
+    def call_later(*args, **kwargs):
+        return functools.partial(function, *args, **kwargs)
+
+    return call_later
+
+
+@contextlib.contextmanager
+def errors_in_one_line():
+    """Inside the block, raise what tyro prints about a mistake, a box, as a UserError."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            yield
+    except SystemExit as e:
+        if not e.code:  # --help
+            raise
+        lines = [line.strip(BOX) for line in printed.getvalue().split("\n")]
+        text = " ".join(line for line in lines[1:] if line).partition("For full helptext")[0]
+        raise UserError(f"{text.strip()}; hint: --help lists all options") from None
+
+
+BOX = " ╭╮╰╯─│|-"
 
 
 def option_types(what) -> dict[str, object]:
     """Return the type of each option: of a function's parameters or of a dataclass's fields.
 
-    Fields that are dataclasses themselves count as groups of options.
+    Fields that are dataclasses themselves count as groups of options. Positional ones have the
+    name "".
     """
     if dataclasses.is_dataclass(what):
         annotations = {field.name: field.type for field in dataclasses.fields(what)}
@@ -139,61 +215,99 @@ def option_types(what) -> dict[str, object]:
         annotations = {parameter.name: parameter.annotation for parameter in parameters}
     types = {}
     for name, annotation in annotations.items():
-        group = typing.get_args(annotation)[:1]  # of Annotated
-        if group and dataclasses.is_dataclass(group[0]):
-            types |= option_types(group[0])
+        group, *marks = typing.get_args(annotation) or (annotation,)
+        if dataclasses.is_dataclass(group):
+            types |= option_types(group)
+        elif tyro.conf.Positional in marks:
+            types[""] = group
         else:
             types[name] = annotation
     return types
 
 
+# Any other word is a value, such as the prompt "--> x".
+OPTION = re.compile(r"--[A-Za-z_][\w-]*(=|\Z)")
+
+
 def canonical(args: list[str], types: dict[str, object], advice: dict[str, str]) -> list[str]:
     """Rewrite a command line in the form that tyro takes.
 
-    Raises UserError for unknown options, and for values of a wrong type.
+    Raises UserError for unknown options, for words that belong to none, and for values that are
+    too few, too many, or of a wrong type.
     """
     out, wrong = [], []
-    positional = any(POSITIONAL in typing.get_args(option_type) for option_type in types.values())
-    i = 0
-    while i < len(args):
-        if not args[i].startswith("--") or args[i] == "--help":
-            out.append(args[i])
-            i += 1
+    words = list(args)
+    while words:
+        word = words.pop(0)
+        if word in ("-h", "--help") or ("" in types and not OPTION.match(word)):
+            out.append(word)
             continue
-        name, equals, value = args[i][2:].partition("=")
+        if not OPTION.match(word):
+            why = advice.get(word, "one begins with --")
+            wrong.append(f"{word!r} belongs to no option: {why}")
+            continue
+        name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
         positive = name.removeprefix("no_")
-        i += 1
         if name not in types and types.get(positive) is bool and not equals:
-            out += [f"--{positive}", "False"]
-            continue
-        if name not in types:
+            name = positive
+            values = ["False"]
+        elif name not in types:
             wrong.append(f"no option --{name}: {advice.get(name) or near(name, types)}")
+            take_values(words, tuple[str, ...])
             continue
-        if types[name] is bool:
-            word = "--" if equals or i == len(args) else args[i]
-            # in `audit.py --contents DIR` the word after the flag is not its value
-            if not word.startswith("--") and (word.lower() in TRUE + FALSE or not positional):
-                value = word
-                i += 1
-            value = boolean(value)
-        elif not equals and i < len(args) and not args[i].startswith("--"):
-            value = args[i]
-            i += 1
-        elif not equals:
-            wrong.append(f"--{name} has no value; one that begins with -- is --{name}=VALUE")
-            continue
-        value = integer(value) if int in alternatives(types[name]) else value
-        problem = value_problem(value, types[name])
-        if problem:
-            wrong.append(f"--{name} is {value!r}, {problem}")
-        if value.startswith("-") and not is_number(value):
-            out.append(f"--{name}={value}")  # by itself it would be taken for an option
         else:
-            out += [f"--{name}", value]
+            # in `audit.py --contents DIR` the word after the flag is not its value
+            alone = types[name] is bool and "" in types
+            alone = alone and words[:1] and words[0].lower() not in TRUE + FALSE
+            values = [value] if equals else [] if alone else take_values(words, types[name])
+        values, problem = checked_values(values, types[name])
+        if problem:
+            wrong.append(f"--{name} {problem}")
+        elif len(values) == 1 and values[0].startswith("-") and not is_number(values[0]):
+            out.append(f"--{name}={values[0]}")  # by itself it would be taken for an option
+        else:
+            out += [f"--{name}", *values]
     if wrong:
         raise UserError(f"{'; '.join(wrong)}; hint: --help lists all options")
     return out
+
+
+def value_types(option_type) -> tuple[list, bool]:
+    """Return the types of an option's values, and whether the last may come any number of times."""
+    if typing.get_origin(option_type) is not tuple:
+        return [option_type], False
+    types = [part for part in typing.get_args(option_type) if part is not ...]
+    return types, ... in typing.get_args(option_type)
+
+
+def take_values(words: list[str], option_type) -> list[str]:
+    """Remove an option's values from the front of `words` and return them."""
+    types, any_number = value_types(option_type)
+    values = []
+    while words and not OPTION.match(words[0]) and (any_number or len(values) < len(types)):
+        values.append(words.pop(0))
+    return values
+
+
+def checked_values(values: list[str], option_type) -> tuple[list[str], str]:
+    """Return an option's values as tyro takes them, and what is wrong with them, "" for nothing."""
+    types, any_number = value_types(option_type)
+    if option_type is bool:
+        values = [boolean(value) for value in values or [""]]
+    elif not values and len(types) == 1 and not any_number:
+        return values, "has no value; one that begins with -- needs = before it"
+    elif len(values) != len(types) and not any_number:
+        return values, f"is {' '.join(values)!r}, expected {len(types)} values, blanks between them"
+    checked = []
+    for i, value in enumerate(values):
+        value_type = types[0 if any_number else i]
+        value = integer(value) if int in alternatives(value_type) else value
+        problem = value_problem(value, value_type)
+        if problem:
+            return values, f"is {value!r}, {problem}"
+        checked.append(value)
+    return checked, ""
 
 
 def is_number(value: str) -> bool:
