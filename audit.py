@@ -13,7 +13,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from runtime.command_line import UserError, parse, run_script, say
+from runtime.command_line import PathText, UserError, parse, run_script, say
 from shard_files import Shard, open_shards, read_manifest, scan
 from shards import Windows, micro_batch_positions
 from tokenizer import EOT
@@ -26,7 +26,7 @@ class Audit:
     The exit status is 1 when anything is wrong.
     """
 
-    root: tyro.conf.Positional[str]  # directory of shards
+    root: tyro.conf.Positional[PathText]  # directory of shards
     T: int = 1024  # tokens in a sequence; this and the rest are the settings of the run
     world_size: int = 1  # processes
     B: int = 64

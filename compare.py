@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 
 from config import FREE_ON_RESUME, TrainConfig, differences
-from runtime.command_line import UserError, one_line, parse, run_script, say
+from runtime.command_line import PathText, UserError, one_line, parse, run_script, say
 from runtime.runlog import read_metrics
 
 # Okabe and Ito 2008: distinct with any colour vision. A preset has its colour in every picture.
@@ -48,12 +48,12 @@ class Comparison:
     """Compare runs; those that differ in nothing but their seeds are grouped."""
 
     # run directories; the group of the first one is what the others are compared with
-    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    runs: tyro.conf.Positional[tuple[PathText, ...]] = ()
     # axis of the picture: step, tokens, or time (without evaluating and saving)
     x: Literal["step", "tokens", "time"] = "step"
-    out: str = "compare.png"  # picture of several runs
+    out: PathText = "compare.png"  # picture of several runs
     # directory of a healthy run: where does the validation loss of the others leave its band?
-    reference: str = ""
+    reference: PathText = ""
     band: float = 0.02  # width of that band to either side, as a share of the reference's loss
 
 

@@ -7,6 +7,7 @@ python train_gpt2.py gpt2-rope --dry_run True   what a preset comes to, without 
 import dataclasses
 import json
 from dataclasses import dataclass
+from os.path import expanduser
 from pathlib import Path
 from typing import Literal
 
@@ -133,6 +134,10 @@ class MachineSettings:
     dry_run: bool = False  # check the settings, print what the run comes to, and stop
 
 
+# what --init_from decides
+SHAPE = {f.name for f in dataclasses.fields(ModelSettings)} - {"init_from"}
+PATHS = "data_root log_dir ckpt_dir init_from resume".split()
+
 GROUPS = {
     "model": ModelSettings,
     "batch": BatchSettings,
@@ -160,6 +165,7 @@ class TrainConfig(
     """
 
     preset: str = "gpt2-baseline"  # the first word of the command line
+    given: tuple[str, ...] = ()  # settings that are not the preset's
 
     @property
     def run_dir(self) -> Path:
@@ -266,19 +272,15 @@ def preset(name: str, **changes) -> TrainConfig:
 
 
 def build_config(name: str, changes: dict) -> tuple[TrainConfig, list[str]]:
-    """Return a preset with changes, and one line per setting that follows from them.
-
-    A run made shorter keeps its share of warm-up, unless warmup_steps is among the changes.
-    """
-    fields = [f.name for f in dataclasses.fields(TrainConfig) if f.name != "preset"]
+    """Return a preset with changes, and one line per setting that follows from them."""
+    fields = [f.name for cls in GROUPS.values() for f in dataclasses.fields(cls)]
     unknown = [key for key in changes if key not in fields]
     if unknown:
         raise UserError(
             "; ".join(f"no setting {key}: {near(key, fields)}" for key in unknown)
             + "; hint: config.py lists all"
         )
-    base = as_listed(name)
-    cfg, notes = dataclasses.replace(base, **changes), []
+    cfg, notes = dataclasses.replace(as_listed(name), **changes, given=tuple(sorted(changes))), []
     if changes.get("epochs") is not None and "max_steps" in changes:
         raise UserError(
             f"epochs {cfg.epochs:g} and max_steps {cfg.max_steps} both set the length; "
@@ -286,18 +288,20 @@ def build_config(name: str, changes: dict) -> tuple[TrainConfig, list[str]]:
         )
     if "max_steps" in changes:
         cfg = dataclasses.replace(cfg, epochs=None)
-    if "warmup_steps" not in changes:
+    if cfg.epochs is None:  # else in set_length
         cfg = fit_warmup(cfg, notes)
     return complete(cfg), notes
 
 
 def complete(cfg: TrainConfig) -> TrainConfig:
-    """Fill in the settings that follow from others: run_name, block_size, min_lr."""
+    """Fill in what follows from other settings: run_name, block_size, min_lr; ~ in paths."""
+    paths = {name: expanduser(getattr(cfg, name)) for name in PATHS}
     return dataclasses.replace(
         cfg,
         run_name=cfg.run_name or cfg.preset,
         block_size=cfg.block_size or cfg.T,
         min_lr=0.1 * cfg.max_lr if cfg.min_lr is None else cfg.min_lr,
+        **paths,
     )
 
 
@@ -310,9 +314,9 @@ def as_listed(name: str) -> TrainConfig:
 
 
 def fit_warmup(cfg: TrainConfig, notes: list[str]) -> TrainConfig:
-    """Shorten the warm-up in proportion when a run is shorter than its preset; a note says so."""
+    """Shorten the warm-up in proportion when a run is shorter than its preset, unless given."""
     base = as_listed(cfg.preset)
-    if cfg.max_steps >= base.max_steps or cfg.warmup_steps != base.warmup_steps:
+    if cfg.max_steps >= base.max_steps or "warmup_steps" in cfg.given:
         return cfg
     warmup_steps = base.warmup_steps * max(cfg.max_steps, 0) // base.max_steps
     if warmup_steps == base.warmup_steps:
@@ -380,7 +384,7 @@ FREE_ON_RESUME = set(
     "B recompute device use_compile log_interval eval_interval save_interval save_minutes "
     "keep_last val_tokens hellaswag_limit sample_interval n_samples sample_tokens sample_prompt "
     "data_root log_dir ckpt_dir run_name resume wandb wandb_project batch_hashes eval_only dry_run "
-    "deterministic group_timeout max_skipped accept_new_data".split()
+    "deterministic group_timeout max_skipped accept_new_data given".split()
 )
 
 
@@ -396,6 +400,8 @@ def differences(cfg: TrainConfig, stored: dict) -> str:
     free = set(FREE_ON_RESUME)
     if cfg.epochs is not None and cfg.epochs == old["epochs"]:
         free |= {"max_steps", "warmup_steps"}  # computed from the epochs
+    if cfg.init_from and cfg.init_from == old["init_from"]:
+        free |= SHAPE  # the checkpoint's own
     changed = [key for key in new if key not in free and old[key] != new[key]]
     return ", ".join(f"{key} {shown(old[key])} -> {shown(new[key])}" for key in changed)
 

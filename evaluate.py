@@ -91,7 +91,9 @@ class Evaluator:
             self.stop.ask(e)
             self.stop.poll()
         nats, tokens, n_bytes = sum_over_ranks(total).tolist()
-        bits_per_byte = nats / math.log(2) / n_bytes if n_bytes else None
+        bits_per_byte = None
+        if n_bytes and self.model.config.vocab_size >= N_VOCAB:  # else the ids are not GPT-2's
+            bits_per_byte = nats / math.log(2) / n_bytes
         return nats / tokens, bits_per_byte
 
     def samples(self, step: int) -> float:

@@ -14,7 +14,7 @@ from pathlib import Path
 import modal
 
 import prepare
-from runtime.command_line import one_line
+from runtime.command_line import one_line, say
 
 DATA = "/data"  # where the volume is mounted
 CODE = "/root"  # where Modal puts local modules, in each container
@@ -66,17 +66,17 @@ def coordinate(folder: str, data: prepare.Dataset, source: str = ""):
     for result in tokenize.starmap(calls, order_outputs=False, return_exceptions=True):
         if isinstance(result, Exception):  # the other files continue
             failed.append(one_line(result))
-            print(failed[-1], flush=True)
+            say(failed[-1])
             continue
         job.add(*result)
         volume.commit()
-        print(f"{result[1]['name']}: {result[1]['tokens']:,} tokens", flush=True)
+        say(f"{result[1]['name']}: {result[1]['tokens']:,} tokens")
     if failed:
         raise RuntimeError(
             f"{len(failed)} of {len(calls)} files failed, the first with {failed[0]}; "
             "hint: run this again, it resumes with them"
         )
-    print(prepare.summary(job.records()), flush=True)
+    say(prepare.summary(job.records()))
 
 
 @app.local_entrypoint()
@@ -92,4 +92,4 @@ def main(
     folder = folder.replace("/", "-")
     data = prepare.Dataset(sample, dataset, config, text_field, revision)
     coordinate.remote(f"{DATA}/{folder}", data)
-    print(f"modal volume get fineweb-edu {folder} data/{folder}")
+    say(f"modal volume get fineweb-edu {folder} data/{folder}")

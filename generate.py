@@ -12,7 +12,6 @@ the number of samples. In bfloat16 matrix shapes change the rounding, and with i
 
 import codecs
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ import hf
 from kernels.build import KernelError
 from kernels.packed import pack
 from model import GPT, KVCache
-from runtime.command_line import UserError, one_line, parse, run_script
+from runtime.command_line import PathText, UserError, one_line, parse, run_script, show
 from runtime.device import autocast_dtype, compile_error, pick_device
 from tokenizer import EOT, N_VOCAB, gpt2
 
@@ -51,6 +50,9 @@ def uniforms(seed: int, n: int, steps: int) -> torch.Tensor:
     return torch.stack([torch.rand(steps, generator=g, dtype=torch.float64) for g in generators])
 
 
+SMALLEST = torch.finfo(torch.float32).tiny  # below it, division is by 0
+
+
 def draw(logits: torch.Tensor, u: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """Draw ids (B,) from logits (B, V): the tokens where the cumulative distribution passes u (B,).
 
@@ -63,7 +65,9 @@ def draw(logits: torch.Tensor, u: torch.Tensor, sampling: Sampling) -> torch.Ten
     if sampling.top_k or sampling.top_p < 1:
         V = logits.shape[-1]
         logits, ids = logits.topk(min(sampling.top_k or V, V))  # likeliest first
-    p = (logits.float() / sampling.temperature).softmax(-1)
+    logits = logits.float()
+    logits = logits - logits.amax(-1, keepdim=True)  # else a tiny temperature makes infinities
+    p = (logits / max(sampling.temperature, SMALLEST)).softmax(-1)
     # on the host: CUDA has no deterministic cumulative sum, MPS no float64
     p = p.cpu().double()
     cdf = p.cumsum(-1)
@@ -209,6 +213,15 @@ def stream(steps: Iterator[list[int]], texts: list[Text]) -> Iterator[list[str]]
     yield ["" if text.ended else text.end("max_new_tokens") for text in texts]
 
 
+def prompt_ids(prompt: str) -> list[int]:
+    """Tokenize a prompt; an empty one is the beginning of a document.
+
+    "<|endoftext|>" in it is that token, as in the tokenizer that hf.py exports. (In documents,
+    prepare.py takes it for ordinary text.)
+    """
+    return gpt2().encode(prompt, allowed_special="all") or [EOT]
+
+
 def sample_texts(
     model: GPT,
     prompt: str,
@@ -223,7 +236,7 @@ def sample_texts(
     An empty prompt means the beginning of a document; of one longer than the context the end
     counts. Ends early once stopped() is true.
     """
-    ids = gpt2().encode_ordinary(prompt) or [EOT]
+    ids = prompt_ids(prompt)
     ids = ids[-model.config.block_size :]
     texts = [Text(prompt=prompt) for _ in range(n)]
     steps = tokens(model, [ids], n, max_new_tokens, Sampling(temperature, seed=seed))
@@ -242,9 +255,9 @@ class Settings(Sampling):
     """Continue texts with a trained model. Prompts come from the options, stdin or the terminal."""
 
     # run directory, checkpoint, Hugging Face GPT-2 name or folder; else the newest run in log/
-    model: str = ""
+    model: PathText = ""
     prompt: tuple[str, ...] = ()  # texts to continue; "" is the beginning of a document
-    file: str = ""  # prompts, one per line; - = stdin
+    file: PathText = ""  # prompts, one per line; - = stdin
     n: int = 1  # samples of each prompt
     max_new_tokens: int = 200  # tokens in each at most; <|endoftext|> ends it, too
     stop: tuple[str, ...] = ()  # strings that end a text and are not part of it
@@ -278,21 +291,22 @@ def check_settings(args: Settings):
 def read_prompts(file: str) -> list[str]:
     """Read one prompt per line, - = stdin, skipping empty lines. Raises UserError for none."""
     try:
-        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+        raw = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        text = raw.decode("utf-8-sig")  # without a byte order mark
     except (OSError, ValueError) as e:
         raise UserError(
             f"{file} cannot be read ({one_line(e)}); "
             "hint: --file takes UTF-8 text, one prompt per line"
         ) from e
-    prompts = [line for line in text.splitlines() if line.strip()]
+    prompts = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
     if not prompts:
         raise UserError(f"no prompt in {'stdin' if file == '-' else file}; hint: --prompt TEXT")
     return prompts
 
 
 def encode_prompt(prompt: str, block_size: int) -> list[int]:
-    """Tokenize a prompt; an empty one is the beginning of a document. Raises UserError if long."""
-    ids = gpt2().encode_ordinary(prompt) or [EOT]
+    """Tokenize a prompt. Raises UserError when it is longer than the context."""
+    ids = prompt_ids(prompt)
     if len(ids) > block_size:
         raise UserError(
             f"the prompt {prompt[:20]!r}... has {len(ids)} tokens, the model's context "
@@ -328,12 +342,7 @@ def load_model(args: Settings) -> tuple[GPT, Callable]:
     """Return the model, ready on its device, and its decode(). Raises UserError."""
     source = args.model or hf.newest_run()
     device = pick_device(args.device)
-    model = hf.load(source).eval()
-    if model.config.vocab_size < N_VOCAB:
-        raise UserError(
-            f"{source} knows {model.config.vocab_size} tokens, GPT-2's tokenizer has {N_VOCAB}; "
-            "hint: a model trained with --vocab_size 50304"
-        )
+    model = hf.load_for_text(source).eval()
     n_parameters = model.num_params()  # packed weights are no parameters
     model = to_dtype(model, args.dtype, device, packed=not args.use_compile)
     decode_step = decode
@@ -350,7 +359,7 @@ def load_model(args: Settings) -> tuple[GPT, Callable]:
 
 def print_status(args: Settings, line: str):
     """Print a line that is no sample: on stderr when stdout is JSON."""
-    print(line, flush=True, file=sys.stderr if args.json else sys.stdout)
+    show(f"{line}\n", sys.stderr if args.json else sys.stdout)
 
 
 def respond(args: Settings, model: GPT, decode_step: Callable, prompts: list[str]):
@@ -365,7 +374,7 @@ def respond(args: Settings, model: GPT, decode_step: Callable, prompts: list[str
         for i, text in enumerate(texts):
             record = {"prompt": text.prompt, "sample": i % args.n, "text": text.text}
             record |= {"tokens": text.count, "ended": text.ended}
-            print(json.dumps(record))
+            show(f"{json.dumps(record)}\n")
     else:
         print_texts(stream(steps, texts), texts)
     total = sum(text.count for text in texts)
@@ -382,11 +391,11 @@ def print_texts(pieces: Iterator[list[str]], texts: list[Text]):
         while current < len(texts):
             text = texts[current]
             whole = f"{'-' * 80}\n{text.prompt}{text.text}"
-            print(whole[printed:], end="", flush=True)
+            show(whole[printed:])
             printed = len(whole)
             if not text.ended:
                 break
-            print()
+            show("\n")
             current += 1
             printed = 0
 
@@ -397,7 +406,7 @@ def ask_for_prompts(args: Settings, model: GPT, decode_step: Callable):
         try:
             respond(args, model, decode_step, [input("prompt> ")])
         except UserError as e:  # too long: the next one may not be
-            print(f"error: {e}", file=sys.stderr)
+            show(f"error: {e}\n", sys.stderr)
 
 
 def main():
@@ -414,10 +423,7 @@ def main():
         else:
             respond(args, model, decode_step, prompts)
     except (EOFError, KeyboardInterrupt):
-        print()
-    except BrokenPipeError:
-        # the reader of the pipe has seen enough; leave nothing to flush when Python exits
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        show("\n")
 
 
 if __name__ == "__main__":

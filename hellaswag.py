@@ -19,8 +19,10 @@ where an ending is scored.
 import gzip
 import hashlib
 import json
+import os
 import re
 import urllib.request
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +35,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import hf
-from runtime.command_line import UserError, one_line, parse, run_script, say
+from runtime.command_line import PathText, UserError, one_line, parse, run_script, say
 from runtime.device import Compute, autocast_dtype, pick_device
-from runtime.files import atomic, sha256
+from runtime.files import atomic, sha256, write_json
 from runtime.world import World, on_rank0, sum_over_ranks
-from tokenizer import EOT, gpt2
+from tokenizer import EOT, N_VOCAB, gpt2
 
 DATA = Path(__file__).parent / "data" / "hellaswag_val.jsonl"
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -48,9 +50,15 @@ Protocol = Literal["gpt2", "harness"]
 # the data set
 
 
+def writable_data() -> Path:
+    """Return data/ beside the code; where that is read-only, data/ in the working directory."""
+    return DATA.parent if os.access(DATA.parent, os.W_OK) else Path("data")
+
+
 def fetch_items() -> Path | None:
     """Return the file of the validation set, downloaded once; None when that is impossible."""
-    for path in (DATA, Path(f"{DATA}.gz")):
+    new = writable_data() / DATA.name
+    for path in (DATA, Path(f"{DATA}.gz"), new, Path(f"{new}.gz")):
         if path.exists():
             return path
     try:
@@ -59,16 +67,17 @@ def fetch_items() -> Path | None:
         digest = hashlib.sha256(raw).hexdigest()
         if digest != SHA256:
             raise ValueError(f"SHA-256 {digest[:12]}..., expected {SHA256[:12]}...")
-        with atomic(DATA) as temporary:
+        new.parent.mkdir(exist_ok=True)
+        with atomic(new) as temporary:
             temporary.write_bytes(raw)
     except (OSError, ValueError) as e:
         say(
             f"hellaswag | skipped, its data cannot be downloaded ({one_line(e)}); "
-            f"hint: put {URL} at data/{DATA.name}; --hellaswag_limit 0 trains without it"
+            f"hint: put {URL} at {new}; --hellaswag_limit 0 trains without it"
         )
         return None
-    say(f"hellaswag | {URL}, now in {DATA}")
-    return DATA
+    say(f"hellaswag | {URL}, now in {new}")
+    return new
 
 
 def clean_text(text: str) -> str:
@@ -107,6 +116,13 @@ class Items(NamedTuple):
     labels: np.ndarray  # (n,): the right choice
     protocol: Protocol
 
+    def consistent(self) -> bool:
+        """Tell whether there are four endings and a label of 0 to 3 for each item."""
+        n = len(self.labels)
+        labelled = n > 0 and 0 <= self.labels.min() <= self.labels.max() <= 3
+        four = self.lengths.shape == (4 * n, 2) and self.divisors.shape == (4 * n,)
+        return bool(labelled and four and self.lengths.sum() == len(self.tokens))
+
     def spread(self, limit: int) -> "Items":
         """Select `limit` items (0 = all), spread evenly over the set."""
         n = len(self.labels)
@@ -129,14 +145,17 @@ def load_items(path: Path, protocol: Protocol = "gpt2", limit: int = 0) -> Items
     The tokens of the whole file are cached in data/, under the hash of the file. Raises UserError
     for other content.
     """
-    cache = DATA.parent / f"hellaswag_{protocol}_{sha256(path)[:16]}.npz"
+    cache = writable_data() / f"hellaswag_{protocol}_{sha256(path)[:16]}.npz"
     arrays = Items._fields[:4]
     try:
         with np.load(cache) as stored:
             items = Items(*(stored[name] for name in arrays), protocol)
-    except (OSError, ValueError, KeyError, BadZipFile):
+        if not items.consistent():
+            raise ValueError("of a version that did not check each item")
+    except (OSError, ValueError, KeyError, BadZipFile, NotImplementedError, EOFError):
         items = tokenize_items(path, protocol)
         try:
+            cache.parent.mkdir(exist_ok=True)
             with atomic(cache) as temporary, open(temporary, "wb") as f:
                 np.savez(f, **{name: getattr(items, name) for name in arrays})
         except OSError:
@@ -144,19 +163,54 @@ def load_items(path: Path, protocol: Protocol = "gpt2", limit: int = 0) -> Items
     return items.spread(limit)
 
 
+def read_items(path: Path) -> list[dict]:
+    """Read a jsonl or jsonl.gz file, skipping blank lines. Raises UserError naming a wrong line."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    ours = path.parent in (DATA.parent, writable_data())
+    fix = "remove it, it is downloaded again; or --hellaswag_limit 0" if ours else "--data FILE"
+    items = []
+    place = ""
+    try:
+        with opener(path, "rt", encoding="utf-8-sig") as f:
+            lines = f.read().split("\n")
+        for number, line in enumerate(lines, 1):
+            place = f", line {number}"
+            if line.strip():
+                items.append(checked_item(json.loads(line)))
+        if not items:
+            raise ValueError("no items")
+    except (ValueError, KeyError, TypeError, EOFError, OSError, zlib.error) as e:
+        raise UserError(
+            f"{path} is not HellaSwag's jsonl{place} ({one_line(e)}); hint: {fix}"
+        ) from e
+    return items
+
+
+def checked_item(item: dict) -> dict:
+    """Return an item with its label as a number. Raises ValueError or TypeError for a wrong one."""
+    if not isinstance(item, dict):
+        raise TypeError(f"{type(item).__name__} instead of an object")
+    for name in ("ctx", "activity_label", "ctx_a", "ctx_b"):
+        if not isinstance(item.get(name, ""), str):
+            raise TypeError(f"{name} is {item[name]!r}, expected text")
+    endings = item["endings"]
+    if not isinstance(endings, list) or [type(ending) for ending in endings] != [str] * 4:
+        raise ValueError(f"endings are {endings!r}, expected 4 texts")
+    if str(item["label"]) not in ("0", "1", "2", "3"):
+        raise ValueError(f"label is {item['label']!r}, expected 0, 1, 2 or 3")
+    return item | {"label": int(item["label"])}
+
+
 def tokenize_items(path: Path, protocol: Protocol) -> Items:
     """Tokenize a whole file. Raises UserError when it is not HellaSwag's."""
-    opener = gzip.open if path.suffix == ".gz" else open
+    raw = read_items(path)
     try:
-        with opener(path, "rt", encoding="utf-8") as f:
-            raw = [json.loads(line) for line in f]
         endings = [ending for item in raw for ending in encode_endings(item, protocol)]
-        labels = [int(item["label"]) for item in raw]
-        if not raw or len(endings) != 4 * len(raw):
-            raise ValueError(f"{len(raw)} items with {len(endings)} endings")
-    except (ValueError, KeyError, TypeError, EOFError, OSError, AttributeError) as e:
-        hint = "hint: remove it, or --hellaswag_limit 0"
-        raise UserError(f"{path} is not HellaSwag's jsonl ({one_line(e)}); {hint}") from e
+    except KeyError as e:
+        raise UserError(
+            f"{path} has items without {e}; hint: the {protocol} protocol needs it"
+        ) from e
+    labels = [item["label"] for item in raw]
     parts = []
     for context, ids, _ in endings:
         parts += [np.array(context, np.uint16), np.array(ids, np.uint16)]
@@ -387,6 +441,12 @@ def for_training(limit: int, model, world: World, compute: Compute) -> HellaSwag
 
     if limit == 0:
         return None
+    if model.config.vocab_size < N_VOCAB:
+        say(
+            f"hellaswag | skipped, the model knows {model.config.vocab_size} tokens, GPT-2's "
+            f"tokenizer has {N_VOCAB}"
+        )
+        return None
     items = on_rank0(read_items)
     return HellaSwag(items, model, world, compute) if items else None
 
@@ -400,39 +460,44 @@ class Scoring:
     """Measure the HellaSwag accuracy of a model."""
 
     # run directory, checkpoint, Hugging Face GPT-2 name or folder; else the newest run in log/
-    model: str = ""
+    model: PathText = ""
     # gpt2: raw context, mean loss per token; harness: as in lm-eval 0.4.13
     protocol: Protocol = "gpt2"
     limit: int = 0  # items, spread over the set; 0 = all
-    data: str = ""  # jsonl or jsonl.gz; else the validation set, downloaded into data/
-    out: str = ""  # file for the result, as JSON
+    data: PathText = ""  # jsonl or jsonl.gz; else the validation set, downloaded into data/
+    out: PathText = ""  # file for the result, as JSON
     per_item: bool = False  # each item's choices and losses, too, in that file
     device: str = "auto"  # cuda, mps or cpu; auto takes the first of these that exists
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of the matmuls
 
     def run(self):
         """Print the result and write it to `out`. Raises UserError."""
+        if self.limit < 0:
+            raise UserError(f"limit is {self.limit}, must not be negative; hint: --limit 1000")
         if self.data and not Path(self.data).exists():
             raise UserError(f"no such file: {self.data}; hint: --data FILE")
         path = Path(self.data) if self.data else fetch_items()
         if path is None:
             raise UserError(f"no data to measure on; hint: --data FILE, or {URL} at {DATA}")
         device = pick_device(self.device)
-        model = hf.load(self.model or hf.newest_run()).to(device)
+        model = hf.load_for_text(self.model or hf.newest_run()).to(device)
         compute = Compute(device, autocast_dtype(device, self.dtype), compiled=True)
         items = load_items(path, self.protocol, self.limit)
         result = HellaSwag(items, model, World(0, 1, device), compute)(bar=True)
         choices = result.pop("choices")
         if result["cut"]:
-            print(
+            say(
                 f"{result['cut']} items were longer than the model's {model.config.block_size} "
                 "tokens: their beginning was cut"
             )
-        print(json.dumps(result))
+        say(json.dumps(result))
         if self.per_item:
             result["per_item"] = [choice._asdict() for choice in choices]
         if self.out:
-            Path(self.out).write_text(json.dumps(result, indent=1))
+            try:
+                write_json(Path(self.out), result)
+            except OSError as e:
+                raise UserError(f"cannot write {self.out} ({one_line(e)}); hint: --out") from e
 
 
 if __name__ == "__main__":

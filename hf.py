@@ -27,10 +27,18 @@ from config import TrainConfig
 from model import GPT, GPTConfig
 from runtime import checkpoint
 from runtime.checkpoint import Checkpoint
-from runtime.command_line import UserError, near, one_line, parse_command, run_script, say
+from runtime.command_line import (
+    PathText,
+    UserError,
+    near,
+    one_line,
+    parse_command,
+    run_script,
+    say,
+)
 from runtime.files import atomic
 from runtime.runlog import read_metrics
-from tokenizer import EOT, N_VOCAB, hugging_face_files
+from tokenizer import EOT, N_VOCAB, added_tokens, hugging_face_files, tokenizer_difference
 
 # OpenAI's four sizes, each at a fixed commit: a name always means the same weights.
 REVISIONS = {
@@ -89,11 +97,34 @@ def load(where: str) -> GPT:
 
     float32, on the CPU. Raises UserError that says what is missing at `where`.
     """
+    saved = find_checkpoint(where)
+    return load_checkpoint(saved) if saved else from_pretrained(where)
+
+
+def load_for_text(where: str) -> GPT:
+    """Load a model that is to read or write text. Raises UserError when its ids are not GPT-2's."""
+    model = load(where)
+    if model.config.vocab_size < N_VOCAB:
+        raise UserError(
+            f"{where} knows {model.config.vocab_size} tokens, GPT-2's tokenizer has {N_VOCAB}; "
+            "hint: a model trained with --vocab_size 50304"
+        )
+    return model
+
+
+def read_shape(where: str) -> GPTConfig:
+    """Return the shape of the model that load() would return, without its weights."""
+    saved = find_checkpoint(where)
+    return stored_shape(saved) if saved else read_config(find_folder(where))
+
+
+def find_checkpoint(where: str) -> Checkpoint | None:
+    """Return the checkpoint at a path; None when that is no run and no checkpoint."""
     path = Path(where)
     is_checkpoint = (path / "state.json").exists()
     if is_checkpoint or checkpoint.steps(path / "ckpt") or checkpoint.steps(path):
-        return load_checkpoint(checkpoint.find(path))
-    return from_pretrained(where)
+        return checkpoint.find(path)
+    return None
 
 
 def load_checkpoint(saved: Checkpoint) -> GPT:
@@ -105,8 +136,13 @@ def load_checkpoint(saved: Checkpoint) -> GPT:
 
 def empty_model(saved: Checkpoint) -> GPT:
     """Return a model of a checkpoint's shape. Raises UserError when it is another kind of model."""
+    return GPT(stored_shape(saved))
+
+
+def stored_shape(saved: Checkpoint) -> GPTConfig:
+    """Return the shape of a checkpoint's model. Raises UserError when it is another kind."""
     try:
-        return GPT(GPTConfig(**saved.state["gpt_config"]))
+        return GPTConfig(**saved.state["gpt_config"])
     except (KeyError, TypeError) as e:
         raise UserError(
             f"{saved.path} is not of this model ({one_line(e)}); "
@@ -132,14 +168,12 @@ def from_pretrained(name_or_folder: str) -> GPT:
     name_or_folder: a name in REVISIONS (downloaded once, then read from the hub's cache), or a
     folder with the config.json and safetensors of a GPT2LMHeadModel. vocab_size is the source's own
     (50,257): padding to 50,304 would add rows whose logit is 0, and so change every probability.
-    Raises UserError for what cannot be found, read, or represented exactly by model.py.
+    Raises UserError for what cannot be found, read, or represented exactly by model.py, and for a
+    tokenizer beside the weights that is not GPT-2's.
     """
-    folder = Path(name_or_folder)
-    if not folder.exists():
-        folder = fetch_from_hub(name_or_folder.removeprefix("openai-community/"))
-    elif not any((folder / f"model.safetensors{end}").exists() for end in ("", ".index.json")):
-        raise UserError(missing_weights(folder))
+    folder = find_folder(name_or_folder)
     config = read_config(folder)
+    check_vocabulary(folder, config)
     weights = read_weights(folder)
     with torch.device("meta"):  # shapes only: no random weights are drawn
         model = GPT(config)
@@ -157,6 +191,37 @@ def from_pretrained(name_or_folder: str) -> GPT:
         )
     model.load_state_dict(weights, assign=True)
     return model
+
+
+def find_folder(name_or_folder: str) -> Path:
+    """Return the folder with config.json and weights. Raises UserError when there is none."""
+    folder = Path(name_or_folder)
+    if not folder.exists():
+        return fetch_from_hub(name_or_folder.removeprefix("openai-community/"))
+    if not any((folder / f"model.safetensors{end}").exists() for end in ("", ".index.json")):
+        raise UserError(missing_weights(folder))
+    return folder
+
+
+def check_vocabulary(folder: Path, config: GPTConfig):
+    """Raise UserError when a folder's tokenizer is not GPT-2's; report tokens beyond GPT-2's.
+
+    Without a tokenizer in the folder, ids are taken for GPT-2's.
+    """
+    difference = tokenizer_difference(folder)
+    if difference:
+        raise UserError(
+            f"the tokenizer in {folder} is not GPT-2's ({difference}): its ids mean other text; "
+            f'hint: AutoModelForCausalLM and AutoTokenizer.from_pretrained("{folder}") open it'
+        )
+    beyond = config.vocab_size - N_VOCAB
+    if beyond > 0:
+        names = ", ".join(list(added_tokens(folder))[:5])
+        say(
+            f"vocabulary | {folder} has {beyond} rows beyond GPT-2's {N_VOCAB:,} tokens"
+            f"{f', added were {names}' if names else ''}: text never becomes these ids here, and "
+            "exports leave them out"
+        )
 
 
 def missing_weights(path: Path) -> str:
@@ -197,9 +262,15 @@ def fetch_from_hub(name: str) -> Path:
     # without a network, each of its six attempts would print a warning
     huggingface_hub.logging.set_verbosity_error()
     repository = f"openai-community/{name}"
+    files = ("config.json", "model.safetensors")
+    commit = dict(revision=REVISIONS[name])
     try:
-        for file in ("config.json", "model.safetensors"):
-            path = huggingface_hub.hf_hub_download(repository, file, revision=REVISIONS[name])
+        # the name that these models had before, under which others may have cached them
+        cached = [huggingface_hub.try_to_load_from_cache(name, file, **commit) for file in files]
+        if all(isinstance(path, str) for path in cached):
+            return Path(cached[0]).parent
+        for file in files:
+            path = huggingface_hub.hf_hub_download(repository, file, **commit)
     except Exception as e:  # the hub's, the disk's, or an HTTP library's that differs by version
         raise UserError(
             f"cannot fetch {name} ({one_line(e)}); hint: where there is a network, "
@@ -322,6 +393,7 @@ def as_gpt2(c: GPTConfig, weights: dict) -> tuple[dict, dict[str, torch.Tensor]]
         model_type="gpt2",
         architectures=["GPT2LMHeadModel"],
         n_positions=c.block_size,
+        n_ctx=c.block_size,  # its older name, which llama.cpp's converter reads
         n_layer=c.n_layer,
         n_head=c.n_head,
         n_embd=c.n_embd,
@@ -511,7 +583,7 @@ def new_folder(out: str) -> Iterator[Path]:
         ) from e
 
 
-def import_(name: tyro.conf.Positional[str], out: tyro.conf.Positional[str]):
+def import_(name: tyro.conf.Positional[PathText], out: tyro.conf.Positional[PathText]):
     """Import Hugging Face GPT-2 weights as a run, for generate.py, hellaswag.py and --init_from.
 
     Args:
@@ -525,7 +597,7 @@ def import_(name: tyro.conf.Positional[str], out: tyro.conf.Positional[str]):
     say(f"imported | {name} -> {out} | {model.num_params():,} parameters")
 
 
-def export(run: tyro.conf.Positional[str], out: tyro.conf.Positional[str]):
+def export(run: tyro.conf.Positional[PathText], out: tyro.conf.Positional[PathText]):
     """Export a checkpoint for AutoModelForCausalLM and AutoTokenizer, with a model card.
 
     Args:
@@ -554,6 +626,9 @@ def export(run: tyro.conf.Positional[str], out: tyro.conf.Positional[str]):
         # safetensors writes files that only the owner may read
         shutil.copymode(folder / "config.json", path)
     rows = f"{config['vocab_size']:,} rows of vocabulary"
+    beyond = model.config.vocab_size - config["vocab_size"]
+    if beyond:
+        rows += f" ({beyond} beyond GPT-2's left out)"
     say(f"exported | {saved.path} -> {out} | {architecture}, {rows}{note}")
 
 

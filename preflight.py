@@ -1,14 +1,16 @@
 """Everything that can be wrong with settings and data, found before anything slow starts."""
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+import hf
 import shards
-from config import TrainConfig, as_listed, as_stored, fit_warmup, shown
+from config import SHAPE, TrainConfig, as_listed, as_stored, fit_warmup, shown
 from model import GPT
 from runtime.command_line import UserError, say
 from runtime.device import Compute, autocast_dtype, peak_flops
@@ -33,7 +35,7 @@ def check(cfg: TrainConfig, world: World) -> tuple[TrainConfig, Data | None]:
             "torchrun on GPUs needs a preset, the default is a toy; "
             "hint: torchrun ... train_gpt2.py gpt2-rope"
         )
-    wrong = problems(cfg, world.world_size)
+    wrong = []
     data = None
     if cfg.T > 0 and cfg.total_batch > 0:
         try:
@@ -44,20 +46,53 @@ def check(cfg: TrainConfig, world: World) -> tuple[TrainConfig, Data | None]:
                 say(f"data | {e}")
             else:
                 wrong.append(str(e))
-    if cfg.epochs is not None and not wrong:
-        if data is None:
-            say(
-                f"plan | {cfg.epochs:g} epochs of data that do not exist yet: how many steps is "
-                f"unknown, the plan below is for {cfg.max_steps:,}"
-            )
-        else:
-            cfg = set_length(cfg, data.train)
-            wrong = problems(cfg, world.world_size)
+    if cfg.epochs is not None and data and not out_of_range(cfg):
+        cfg = set_length(cfg, data.train)
+    elif cfg.epochs is not None and data is None and not wrong:
+        say(
+            f"plan | {cfg.epochs:g} epochs of data that do not exist yet: how many steps is "
+            f"unknown, the plan below is for {cfg.max_steps:,}"
+        )
+    wrong = problems(cfg, world.world_size) + wrong
     if wrong:
         raise UserError("\n       ".join(wrong))
     if data:
         describe(cfg, data, world)
     return cfg, data
+
+
+def with_shape(cfg: TrainConfig) -> TrainConfig:
+    """Return cfg with the shape of the model that --init_from names.
+
+    Raises UserError for a given setting that differs from it.
+    """
+    if not cfg.init_from:
+        return cfg
+    shape = on_rank0(lambda: source_shape(cfg))
+    wrong = [
+        f"{name} {getattr(cfg, name)}, {cfg.init_from} has {shape[name]}"
+        for name in cfg.given
+        if name in SHAPE and getattr(cfg, name) not in (None, shape[name])
+    ]
+    if wrong:
+        raise UserError(
+            f"--init_from brings its own shape: {'; '.join(wrong)}; hint: leave these options out"
+        )
+    return dataclasses.replace(cfg, **shape)
+
+
+def source_shape(cfg: TrainConfig) -> dict:
+    """Return the shape of --init_from's model; of the run's own, when that source is gone."""
+    try:
+        return dataclasses.asdict(hf.read_shape(cfg.init_from))
+    except UserError:
+        try:
+            stored = json.loads((cfg.run_dir / "config.json").read_text())
+            if stored["init_from"] == cfg.init_from:
+                return {name: stored[name] for name in SHAPE}
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        raise
 
 
 class NoData(UserError):
@@ -134,7 +169,11 @@ H100_FLOPS = 989e12  # dense bf16 peak of an H100 SXM (data sheet)
 def print_plan(cfg: TrainConfig, model: GPT, world: World):
     """Print what a run would take: tokens, operations, memory, disk and time, as estimates."""
     defaults = as_stored(TrainConfig())
-    changed = {k: v for k, v in as_stored(cfg).items() if v != defaults[k] and k != "dry_run"}
+    changed = {
+        k: v
+        for k, v in as_stored(cfg).items()
+        if v != defaults[k] and k not in ("dry_run", "given")
+    }
     say(f"plan | settings: {', '.join(f'{k} {shown(v)}' for k, v in changed.items())}")
     tokens = cfg.max_steps * cfg.total_batch
     flops = tokens * model.flops_per_token(cfg.T)
@@ -207,8 +246,8 @@ def out_of_range(cfg: TrainConfig) -> list[str]:
             wrong.append(f"{name} is {value}, must not be negative; hint: --{name}")
     if not all(0 <= beta < 1 for beta in cfg.betas):
         wrong.append(f"betas are {cfg.betas}, each must be in [0, 1); hint: --betas 0.9 0.95")
-    if cfg.epochs is not None and not cfg.epochs > 0:
-        wrong.append(f"epochs is {cfg.epochs}, must be above 0; hint: --epochs 1")
+    if cfg.epochs is not None and not 0 < cfg.epochs < float("inf"):
+        wrong.append(f"epochs is {cfg.epochs}, must be a number above 0; hint: --epochs 1")
     if "/" in cfg.run_name or cfg.run_name in (".", ".."):
         wrong.append(
             f"run_name {cfg.run_name!r} must be a plain name; hint: --log_dir sets the place"
@@ -240,7 +279,8 @@ def batch_problems(cfg: TrainConfig, world_size: int) -> list[str]:
 def model_problems(cfg: TrainConfig) -> list[str]:
     wrong = []
     if cfg.block_size < cfg.T:
-        wrong.append(f"T {cfg.T} exceeds block_size {cfg.block_size}; hint: --block_size {cfg.T}")
+        fix = f"--T {cfg.block_size}" if cfg.init_from else f"--block_size {cfg.T}"
+        wrong.append(f"T {cfg.T} exceeds block_size {cfg.block_size}; hint: {fix}")
     rotary = cfg.use_rope or cfg.arch == "modern"
     unit = 2 if rotary else 1
     fitting = [n for n in range(1, cfg.n_embd + 1) if cfg.n_embd % (n * unit) == 0]
@@ -263,7 +303,7 @@ def model_problems(cfg: TrainConfig) -> list[str]:
     if cfg.optimizer == "muon" and cfg.arch != "modern":
         wrong.append(
             f"optimizer muon needs arch modern, arch is {cfg.arch}: its head and embedding are one "
-            "matrix; hint: --optimizer adamw"
+            "matrix; hint: --optimizer adamw --max_lr 6e-4"
         )
     return wrong
 
@@ -272,7 +312,7 @@ def schedule_problems(cfg: TrainConfig) -> list[str]:
     wrong = []
     if cfg.min_lr > cfg.max_lr:
         wrong.append(f"min_lr {cfg.min_lr:g} exceeds max_lr {cfg.max_lr:g}; hint: --min_lr")
-    if cfg.epochs is None and cfg.warmup_steps >= cfg.max_steps and cfg.warmup_steps != 0:
+    if cfg.warmup_steps >= cfg.max_steps and cfg.warmup_steps != 0:
         wrong.append(
             f"warmup_steps {cfg.warmup_steps} must be below max_steps {cfg.max_steps}; "
             f"hint: --warmup_steps {cfg.max_steps // 20}"

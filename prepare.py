@@ -46,7 +46,7 @@ from documents import (
     split_documents,
     wrong_files,
 )
-from runtime.command_line import UserError, one_line, parse_command, run_script, say
+from runtime.command_line import PathText, UserError, one_line, parse_command, run_script, say
 from runtime.files import sha256
 from shard_files import (
     ShardWriter,
@@ -76,7 +76,7 @@ DOWNLOAD = "download.tmp"  # folder of input files until they are tokenized
 # Shakespeare
 
 
-def shakespeare(out: str = "data/shakespeare"):
+def shakespeare(out: PathText = "data/shakespeare"):
     """Cut data/input.txt into shards; its last 10% become validation.
 
     Does nothing when `out` holds the shards of this text, and replaces those of another text.
@@ -133,8 +133,8 @@ def is_made_of(out: str, names: list[str], digest: str) -> bool:
 
 
 def files(
-    files: tyro.conf.Positional[tuple[str, ...]],
-    out: str,
+    files: tyro.conf.Positional[tuple[PathText, ...]],
+    out: PathText,
     val_share: float = 0.02,
     shard_tokens: int = SHARD_TOKENS,
     text_field: str = "text",
@@ -378,9 +378,9 @@ class Job:
 
 
 def fineweb_edu(
-    out: str,
+    out: PathText,
     data: Annotated[Dataset, tyro.conf.arg(name="")] = Dataset(),
-    source: str = "",
+    source: PathText = "",
     workers: int = 0,
 ):
     """Cut a data set of parquet files into shards: FineWeb-Edu, another of the hub, or a folder.

@@ -240,6 +240,8 @@ def resume_point(cfg: TrainConfig) -> tuple[TrainConfig, Checkpoint | None]:
         stored = resume_from.state["config"]
         length = {"max_steps": stored["max_steps"], "warmup_steps": stored["warmup_steps"]}
         cfg = dataclasses.replace(cfg, **length)
+    if resume_from and cfg.init_from:  # whatever has become of its source
+        cfg = dataclasses.replace(cfg, **resume_from.state["gpt_config"])
     return cfg, resume_from
 
 

@@ -20,7 +20,7 @@ from typing import Literal
 import tyro
 
 import config
-from runtime.command_line import UserError, parse, run_script, say
+from runtime.command_line import PathText, UserError, parse, run_script, say
 
 # --scale mini, a size for two CPU cores: 10.2M parameters beside the embedding
 MINI = dict(
@@ -51,13 +51,13 @@ class Study:
     # mini: 13 layers, 256 wide, T = 256, 8,192 tokens per step; full: the preset as it is
     scale: Literal["mini", "full"] = "mini"
     max_steps: int | None = None  # the preset's own unless given
-    data_root: str | None = None  # directory of token shards; the preset's own unless given
-    log_dir: str = "log/study"  # parent of the run directories
+    data_root: PathText | None = None  # directory of token shards; the preset's own unless given
+    log_dir: PathText = "log/study"  # parent of the run directories
 
 
 def commands(study: Study, more: list[str]) -> list[list[str]]:
     """Return train_gpt2.py's arguments for each run. Raises UserError for wrong settings."""
-    from preflight import problems  # imports torch
+    from preflight import problems, with_shape  # imports torch
 
     if not study.presets or study.seeds < 1:
         raise UserError(
@@ -72,7 +72,7 @@ def commands(study: Study, more: list[str]) -> list[list[str]]:
                 for name, value in run_settings(study, preset, max_lr, seed).items():
                     argv += [f"--{name}", str(value)]
                 cfg, _ = config.from_command_line(argv + more)
-                wrong = problems(cfg, world_size=1)
+                wrong = problems(with_shape(cfg), world_size=1)
                 if wrong:
                     raise UserError(f"{cfg.run_name}: {'; '.join(wrong)}")
                 argvs.append(argv + more)

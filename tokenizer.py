@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from runtime.command_line import UserError
+from runtime.command_line import UserError, one_line
 
 EOT = 50256  # <|endoftext|>: stands before each document, and is the only special token
 N_VOCAB = 50257  # ids that exist; the model's vocab_size is padded beyond it
@@ -102,16 +102,110 @@ def token_bytes() -> np.ndarray:
     return np.array([len(gpt2().decode_single_token_bytes(i)) for i in range(EOT)] + [0])
 
 
+# --------------------------------------------------------------------------------------------------
+# as transformers has it
+
+
+@functools.cache
+def hugging_face_vocab() -> dict[str, int]:
+    """Map tokens, as transformers writes them, to their ids: the content of vocab.json."""
+    character = {byte: c for c, byte in byte_alphabet().items()}
+    vocab = {"".join(character[b] for b in token): i for token, i in merge_ranks().items()}
+    return vocab | {"<|endoftext|>": EOT}
+
+
+def merge_lines() -> list[str]:
+    """Return the merges, "a b", in their order; the first line of vocab.bpe is a comment."""
+    return VOCAB_BPE.read_text(encoding="utf-8").splitlines()[1:]
+
+
+# Files of other kinds of tokenizers.
+FOREIGN_FILES = ("vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+
+
+def tokenizer_difference(folder: Path) -> str:
+    """Tell how the tokenizer in a Hugging Face folder differs from GPT-2's; "" when it does not.
+
+    Tokens added behind GPT-2's are no difference, nor is a folder without a tokenizer.
+    """
+    foreign = [name for name in FOREIGN_FILES if (folder / name).exists()]
+    if foreign:
+        return f"it is in {foreign[0]}"
+    for name in ("vocab.json", "merges.txt", "tokenizer.json"):
+        path = folder / name
+        if not path.exists():
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+            difference = ""
+            if name == "merges.txt":
+                lines = [line for line in text.split("\n") if line.strip()]
+                merges = lines[1:] if lines[0].startswith("#version") else lines
+                difference = merges_difference(merges)
+            elif name == "vocab.json":
+                difference = vocab_difference(json.loads(text))
+            else:
+                content = json.loads(text)
+                merges = [
+                    m if isinstance(m, str) else " ".join(m) for m in content["model"]["merges"]
+                ]
+                added = {token["content"]: token["id"] for token in content["added_tokens"]}
+                difference = vocab_difference(content["model"]["vocab"] | added)
+                difference = difference or merges_difference(merges)
+                if content.get("normalizer"):
+                    difference = "it has a normalizer"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+            difference = one_line(e)
+        if difference:
+            return f"{name}: {difference}"
+    return ""
+
+
+def vocab_difference(theirs: dict[str, int]) -> str:
+    """Tell where a vocabulary differs from GPT-2's among the first 50,257 ids; "" for nowhere."""
+    ours = hugging_face_vocab()
+    for token, i in ours.items():
+        if theirs.get(token) != i:
+            return f"{token!r} is id {theirs.get(token, 'none')}, in GPT-2's {i}"
+    more = [token for token, i in theirs.items() if token not in ours and not i >= N_VOCAB]
+    return f"{more[0]!r} is id {theirs[more[0]]}, in GPT-2's none" if more else ""
+
+
+def merges_difference(theirs: list[str]) -> str:
+    """Tell where a list of merges differs from GPT-2's; "" for nowhere."""
+    ours = merge_lines()
+    for number, (a, b) in enumerate(zip(theirs, ours), 1):
+        if a.strip() != b:
+            return f"merge {number} is {a!r}, in GPT-2's {b!r}"
+    return "" if len(theirs) == len(ours) else f"{len(theirs)} merges, GPT-2's has {len(ours)}"
+
+
+def added_tokens(folder: Path) -> dict[str, int]:
+    """Return the tokens that a Hugging Face folder adds behind GPT-2's, by id; {} for none."""
+    added = {}
+    for name in ("added_tokens.json", "tokenizer.json", "tokenizer_config.json"):
+        try:
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+            if name == "added_tokens.json":
+                added |= content
+            elif name == "tokenizer.json":
+                added |= {token["content"]: token["id"] for token in content["added_tokens"]}
+            else:
+                decoder = content.get("added_tokens_decoder", {})
+                added |= {token["content"]: int(i) for i, token in decoder.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            pass  # names for a message, no more
+    beyond = [(i, token) for token, i in added.items() if isinstance(i, int) and i >= N_VOCAB]
+    return {token: i for i, token in sorted(beyond)}
+
+
 def hugging_face_files(block_size: int) -> dict[str, str]:
     """Return the encoding as transformers has it: the text of each file by its name.
 
     vocab.json and merges.txt as OpenAI has them; tokenizer.json, all in one, for the libraries in
     Rust and JavaScript; tokenizer_config.json; generation_config.json.
     """
-    character = {byte: c for c, byte in byte_alphabet().items()}
-    vocab = {"".join(character[b] for b in token): i for token, i in merge_ranks().items()}
-    vocab["<|endoftext|>"] = EOT
-    merges = VOCAB_BPE.read_text(encoding="utf-8")
+    vocab = hugging_face_vocab()
     byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
     special = dict.fromkeys(("normalized", "single_word", "lstrip", "rstrip"), False)
     everything = dict(
@@ -119,21 +213,22 @@ def hugging_face_files(block_size: int) -> dict[str, str]:
         pre_tokenizer=byte_level,
         decoder=byte_level,
         added_tokens=[dict(id=EOT, content="<|endoftext|>", special=True, **special)],
-        model=dict(type="BPE", vocab=vocab, merges=merges.splitlines()[1:]),
+        model=dict(type="BPE", vocab=vocab, merges=merge_lines()),
     )
     config = dict(
         tokenizer_class="GPT2Tokenizer",
         model_max_length=block_size,
         add_prefix_space=False,
         clean_up_tokenization_spaces=False,
-        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
+        padding_side="left",  # as generate() needs it in batches
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "<|endoftext|>"),
     )
     # how transformers samples by default: as generate.py does
     sampling = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), EOT)
     sampling |= dict(do_sample=True, temperature=1.0, top_k=50)
     return {
         "vocab.json": json.dumps(vocab),
-        "merges.txt": merges,
+        "merges.txt": VOCAB_BPE.read_text(encoding="utf-8"),
         "tokenizer.json": json.dumps(everything),
         "tokenizer_config.json": json.dumps(config, indent=1),
         "generation_config.json": json.dumps(sampling, indent=1),

@@ -43,7 +43,7 @@ import shards
 from evaluate import Evaluator
 from kernels.compute import start_computing
 from model import GPT, GPTConfig
-from preflight import Data, check, print_plan
+from preflight import Data, check, print_plan, with_shape
 from runtime import checkpoint
 from runtime.checkpoint import Checkpoint
 from runtime.device import (
@@ -189,7 +189,7 @@ TO_RESUME = "to resume: the same command again"
 
 def run_stages(cfg: TrainConfig, world: World, stop: Stop) -> Result:
     """Check, resume or begin, train, finish; or stop after what --dry_run and --eval_only ask."""
-    given, data = check(cfg, world)
+    given, data = check(with_shape(cfg), world)
     cfg, resume_from = records.resume_point(given)
     trains = not (cfg.eval_only or cfg.dry_run)
     if trains and resume_from and resume_from.step == cfg.max_steps:
@@ -242,16 +242,6 @@ def build_model(cfg: TrainConfig, resume_from: Checkpoint | None, world: World) 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
             model = GPT(GPTConfig(**shape))
-    if cfg.optimizer == "muon" and not model.config.modern:
-        raise UserError(
-            f"optimizer muon needs arch modern, {cfg.init_from} has arch {model.config.arch}; "
-            "hint: --optimizer adamw --max_lr 6e-4"
-        )
-    if model.config.block_size < cfg.T:
-        raise UserError(
-            f"T {cfg.T} exceeds the model's block_size {model.config.block_size}; "
-            f"hint: --T {model.config.block_size}"
-        )
     model.recompute = cfg.recompute
     dtype = str(autocast_dtype(world.device, cfg.dtype)).removeprefix("torch.")
     say(

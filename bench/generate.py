@@ -16,7 +16,7 @@ from bench.transformers_gpt2 import as_transformers
 from kernels.build import KernelError
 from kernels.packed import pack
 from model import GPT
-from runtime.command_line import UserError
+from runtime.command_line import PathText, UserError
 from runtime.device import autocast_dtype, pick_device
 from tokenizer import N_VOCAB
 
@@ -32,7 +32,7 @@ class GeneratePart(Common):
 
     # run directory, checkpoint, or Hugging Face GPT-2, with learned positions; random weights if
     # not given
-    model: str = ""
+    model: PathText = ""
     batches: tuple[int, ...] = (1, 16)  # rows decoded together
     # of transformers' weights and cache; default: float32, and bfloat16 where the device multiplies
     # it (elsewhere it is five times as slow). This repository always has both

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import hellaswag
 from bench.common import REPO, Common, Side, Type, alternate, report, speedup
-from runtime.command_line import UserError
+from runtime.command_line import PathText, UserError
 from runtime.device import Compute, autocast_dtype, keep_freed_memory, pick_device
 from runtime.world import World
 
@@ -23,8 +23,10 @@ class HellaSwagPart(Common):
     The baseline loop scores one item at a time: four padded rows, all logits.
     """
 
-    model: str = ""  # run directory, checkpoint, or Hugging Face GPT-2; random weights if not given
-    data: str = str(hellaswag.DATA)  # jsonl or jsonl.gz
+    model: PathText = (
+        ""  # run directory, checkpoint, or Hugging Face GPT-2; random weights if not given
+    )
+    data: PathText = str(hellaswag.DATA)  # jsonl or jsonl.gz
     items: int = 100  # spread over the set, the same ones in each call
     rounds: int = 3  # calls of each side
     dtype: Type = "auto"  # of the matmuls; auto = bfloat16 where the device has it

@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
+from runtime.command_line import PathText
 from runtime.device import autocast_dtype, pick_device
 from runtime.runlog import environment
 
@@ -31,7 +32,7 @@ class SuitePart:
     tests: bool = True  # tests/test_gpu.py first: about 5 minutes (estimated)
     steps: int = 20  # timed steps of each side
     device: str = "cuda"  # of all of them
-    out: str = "log/reference"  # directory of bench_DEVICE.jsonl; each result adds a line
+    out: PathText = "log/reference"  # directory of bench_DEVICE.jsonl; each result adds a line
 
     def measure(self) -> dict:
         """Run everything; ratio: that of the first measurement."""

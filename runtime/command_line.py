@@ -243,7 +243,7 @@ def canonical(args: list[str], types: dict[str, object], advice: dict[str, str])
             out.append(word)
             continue
         if not OPTION.match(word):
-            why = advice.get(word, "one begins with --")
+            why = advice.get(word, "options begin with --")
             wrong.append(f"{word!r} belongs to no option: {why}")
             continue
         name, equals, value = word[2:].partition("=")
