@@ -13,6 +13,7 @@ Exported are, without `transformers` being needed here,
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ from runtime.command_line import (
     run_script,
     say,
 )
-from runtime.files import atomic
+from runtime.files import atomic, remedy
 from runtime.runlog import read_metrics
 from tokenizer import EOT, N_VOCAB, added_tokens, hugging_face_files, tokenizer_difference
 
@@ -121,7 +122,7 @@ def read_shape(where: str) -> GPTConfig:
 def find_checkpoint(where: str) -> Checkpoint | None:
     """Return the checkpoint at a path; None when that is no run and no checkpoint."""
     path = Path(where)
-    is_checkpoint = (path / "state.json").exists()
+    is_checkpoint = os.path.exists(path / "state.json")
     if is_checkpoint or checkpoint.steps(path / "ckpt") or checkpoint.steps(path):
         return checkpoint.find(path)
     return None
@@ -579,7 +580,7 @@ def new_folder(out: str) -> Iterator[Path]:
             yield temporary
     except (OSError, SafetensorError) as e:
         raise UserError(
-            f"cannot write {out} ({one_line(e)}); hint: make room, or another OUT"
+            f"cannot write {out} ({one_line(e)}); hint: {remedy(e, path.parent)}, or another OUT"
         ) from e
 
 

@@ -6,6 +6,7 @@ Rank 0 writes. The other ranks call the same methods, which then do nothing but 
 import dataclasses
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from runtime import checkpoint
 from runtime.checkpoint import Checkpoint
 from runtime.command_line import UserError, one_line, say
 from runtime.device import attention_backend, autocast_dtype
-from runtime.files import write_json
+from runtime.files import make_directory, remedy, write_json
 from runtime.meter import Meter, duration
 from runtime.runlog import RunLog, Wandb, environment
 from runtime.stop import Stop
@@ -50,6 +51,7 @@ class Records:
         self.val_loss: float | None = None  # of the last evaluation
         self.bigram: float | None = None  # loss of the bigram model
         self.log = RunLog()
+        self.lock = None  # of the checkpoint directory, on rank 0
         self.saver = None
         try:
             on_rank0(self.open)
@@ -57,12 +59,13 @@ class Records:
                 wandb_id = resume_from.state["wandb_id"] if resume_from else None
                 self.log.wandb = Wandb(cfg, wandb_id, cfg.run_dir)
                 self.saver = checkpoint.Saver(cfg, model, optimizer, self.log)
-        except BaseException:  # a signal, too: the log's lock must not outlive this call
-            self.log.close()
+        except BaseException:  # a signal, too: no lock must outlive this call
+            self.give_back()
             raise
         if self.saver and resume_from:
             losses = resume_from.state["val_losses"]
             self.saver.losses = {int(step): loss for step, loss in losses.items()}
+            self.saver.last_saved = resume_from.path.name
         self.meter = Meter(cfg, model.flops_per_token(cfg.T), world, self.log)
 
     def open(self):
@@ -72,25 +75,29 @@ class Records:
         checkpoints.
         """
         cfg = self.cfg
+        device = self.world.device
+        machine = environment(device, self.world.world_size)
+        head_width = self.model.config.n_embd // self.model.config.n_head
+        dtype = autocast_dtype(device, cfg.dtype)
+        machine["attention"] = attention_backend(device, dtype, head_width)
+        self.lock = checkpoint.open_directory(cfg, self.model, self.start_step)
         try:
-            for directory in (cfg.checkpoint_dir, cfg.run_dir):
-                directory.mkdir(parents=True, exist_ok=True)
-            checkpoint.need_space(cfg.checkpoint_dir, self.model, cfg.keep_last)
-            device = self.world.device
-            machine = environment(device, self.world.world_size)
-            head_width = self.model.config.n_embd // self.model.config.n_head
-            dtype = autocast_dtype(device, cfg.dtype)
-            machine["attention"] = attention_backend(device, dtype, head_width)
+            make_directory(cfg.run_dir)
             self.log.open(cfg.run_dir, self.start_step)
             (cfg.run_dir / "finished.json").unlink(missing_ok=True)
             write_json(cfg.run_dir / "config.json", dataclasses.asdict(cfg))
             write_json(cfg.run_dir / "env.json", machine)
         except OSError as e:
-            self.log.close()
             raise UserError(
-                f"cannot write to {cfg.run_dir}: {e.strerror}; "
-                "hint: --log_dir and --ckpt_dir choose another place"
+                f"cannot write to {cfg.run_dir}: {one_line(e)}; "
+                f"hint: --log_dir chooses another place, or {remedy(e, cfg.run_dir)}"
             ) from e
+
+    def give_back(self, wandb_seconds: float = 30):
+        """Close the log and unlock the checkpoint directory, once."""
+        self.log.close(wandb_seconds)
+        if self.lock:
+            self.lock.close()
 
     def state(self) -> dict:
         """Return what state.json holds beside what the checkpoint itself adds."""
@@ -191,6 +198,14 @@ class Records:
         """Wait for the last checkpoint; tell whether it was written."""
         return self.saver is None or self.saver.close()
 
+    def not_saved(self) -> UserError:
+        """Return the error that ends a run whose last checkpoint could not be written."""
+        hint = self.saver.remedy if self.saver else "rank 0 says why"
+        return UserError(
+            f"the last checkpoint could not be written to {self.cfg.checkpoint_dir}; "
+            f"hint: {hint}, then the same command again"
+        )
+
     def say_finished(self, seconds: float):
         """Print what came out, where it is, and the next commands."""
         cfg = self.cfg
@@ -211,11 +226,11 @@ class Records:
     def close(self, finished: bool):
         """Close the log and draw the curves; if finished, write finished.json."""
         self.log.close()
-        if not self.saver:
-            return
-        self.draw_curves()
-        if finished:
-            mark_finished(self.cfg, self.val_loss)
+        if self.saver:
+            self.draw_curves()
+            if finished:
+                mark_finished(self.cfg, self.val_loss)
+        self.give_back()
 
     def release(self):
         """Give the run directory back after an error, so that this process can resume the run.
@@ -223,7 +238,7 @@ class Records:
         Where the error is kept, as in a notebook, nothing that the run had open closes by itself.
         """
         self.close_checkpoints()
-        self.log.close(wandb_seconds=0)
+        self.give_back(wandb_seconds=0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -253,16 +268,12 @@ def find_checkpoint(cfg: TrainConfig) -> Checkpoint | None:
     """
     started_before = refuse_to_mix(cfg)
     newest = None
-    if cfg.checkpoint_dir.exists() and cfg.resume != "never":
-        trains = not (cfg.eval_only or cfg.dry_run)
-        newest = checkpoint.newest(
-            cfg.checkpoint_dir, check=lambda c: refuse_other_run(cfg, c), rename_bad=trains
-        )
+    if cfg.resume != "never":
+        newest = newest_checkpoint(cfg)
     if cfg.resume not in ("auto", "never"):
         return named_checkpoint(cfg, newest)
     if newest is None:
-        metrics = cfg.run_dir / "metrics.jsonl"
-        if metrics.exists() and '"save_ms"' in metrics.read_text():
+        if b'"save_ms"' in (read_bytes(cfg.run_dir / "metrics.jsonl") or b""):
             raise UserError(
                 f"{cfg.run_dir} has saved checkpoints, but {cfg.checkpoint_dir} has none; "
                 f"hint: --ckpt_dir if they are elsewhere, --run_name {cfg.run_name}-2 to start "
@@ -273,6 +284,36 @@ def find_checkpoint(cfg: TrainConfig) -> Checkpoint | None:
     return newest
 
 
+def newest_checkpoint(cfg: TrainConfig) -> Checkpoint | None:
+    """Return the newest valid checkpoint of a run, and rename newer ones that are not (rank 0).
+
+    Only the process that trains renames, and only while no other one has the directory.
+    """
+    find_newest = partial(
+        checkpoint.newest, cfg.checkpoint_dir, check=lambda c: refuse_other_run(cfg, c)
+    )
+    if cfg.eval_only or cfg.dry_run or not checkpoint.steps(cfg.checkpoint_dir):
+        return find_newest()
+    try:
+        lock = checkpoint.take_lock(cfg.checkpoint_dir)
+    except OSError:  # a directory to read only: of a finished run, or Records.open() will say so
+        return find_newest()
+    try:
+        return find_newest(rename_bad=True)
+    finally:
+        lock.close()
+
+
+def read_bytes(path: Path) -> bytes | None:
+    """Return a file's content, None without a file. Raises UserError when it cannot be read."""
+    try:
+        return path.read_bytes()
+    except checkpoint.ABSENT:
+        return None
+    except OSError as e:
+        raise checkpoint.unreadable(path, e) from e
+
+
 def refuse_to_mix(cfg: TrainConfig) -> bool:
     """Raise UserError when the run directory or --ckpt_dir belong to another run.
 
@@ -280,12 +321,15 @@ def refuse_to_mix(cfg: TrainConfig) -> bool:
     """
     path = cfg.run_dir / "config.json"
     stored = None
-    try:
-        stored = json.loads(path.read_text())
-    except FileNotFoundError:
-        pass
-    except ValueError:
-        say(f"{path} cannot be read, the checkpoints' own settings decide")
+    content = read_bytes(path)
+    if content is not None:
+        try:
+            stored = json.loads(content)
+        except (ValueError, RecursionError):
+            pass
+        if not isinstance(stored, dict):
+            stored = None
+            say(f"{path} is damaged, the checkpoints' own settings decide")
     if stored and cfg.resume == "never":
         raise UserError(
             f"{cfg.run_dir} holds a run already, --resume never would mix with it; "
@@ -299,7 +343,7 @@ def refuse_to_mix(cfg: TrainConfig) -> bool:
             f"It may be resumed with another {', '.join(sorted(FREE_ON_RESUME))}"
         )
     others = checkpoint.steps(cfg.checkpoint_dir)
-    if cfg.ckpt_dir and cfg.resume in ("auto", "never") and others and not path.exists():
+    if cfg.ckpt_dir and cfg.resume in ("auto", "never") and others and content is None:
         raise UserError(
             f"{cfg.checkpoint_dir} holds checkpoints, but {cfg.run_dir} no run: another one's? "
             f"hint: another --ckpt_dir, or --resume {others[-1]}"
@@ -389,5 +433,5 @@ def finished_loss(cfg: TrainConfig) -> float | None:
     try:
         finished = json.loads((Path(cfg.run_dir) / "finished.json").read_text())
         return finished["val_loss"] if finished["step"] == cfg.max_steps else None
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

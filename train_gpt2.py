@@ -367,10 +367,7 @@ def finish(run: Run, step: int, finished: bool) -> Result:
     if not finished and run.stop.error:
         raise run.stop.error
     if finished and not saved:
-        raise UserError(
-            f"the last checkpoint could not be written to {cfg.checkpoint_dir}; "
-            "hint: make room, then the same command again"
-        )
+        raise run.records.not_saved()
     if finished:
         run.records.say_finished(time.perf_counter() - run.started)
     else:

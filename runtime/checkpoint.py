@@ -11,11 +11,16 @@ Every random draw of a run is a function of (seed, step), so there is no random 
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import platform
+import re
 import shutil
+import stat
+import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +32,8 @@ from safetensors.torch import load_file, save_file
 
 from runtime.command_line import UserError, one_line, say
 from runtime.device import worker_thread
-from runtime.files import atomic, remove, sha256
+from runtime.files import atomic, make_directory, remedy, remove, sha256
+from runtime.lock import Lock
 from runtime.runlog import RunLog
 from runtime.world import on_rank0
 
@@ -35,6 +41,9 @@ FORMAT = 2
 
 # bytes at which each copy of a tensor begins, a cache line
 ALIGNMENT = 64
+
+# seconds after which a file that could not be read is tried again: network disks recover
+READ_AGAIN = (0.5, 2.0)
 
 
 class Checkpoint(NamedTuple):
@@ -69,7 +78,7 @@ def write(ckpt_dir: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]]
     with atomic(path) as temporary:
         temporary.mkdir(parents=True)
         for name, content in tensors.items():
-            save_file({k: v.contiguous() for k, v in content.items()}, temporary / name)
+            save_tensors(content, temporary / name)
         state = state | {
             "format": FORMAT,
             "step": step,
@@ -83,6 +92,14 @@ def write(ckpt_dir: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]]
         state = state | {"checksum": checksum(state)}
         (temporary / "state.json").write_text(json.dumps(state, indent=1))
     return path
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path):
+    """Write a safetensors file with the permissions of any other: alone it would be private."""
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    save_file({name: t.contiguous() for name, t in tensors.items()}, path)
+    path.chmod(mode)
 
 
 def checksum(state: dict) -> str:
@@ -111,10 +128,10 @@ class Saver:
         self.step: int | None = None  # of the last save
         self.saved_at = time.monotonic()
         self.losses: dict[int, float] = {}  # validation losses of the steps with a checkpoint
+        self.last_saved = ""  # name of the newest checkpoint
+        self.remedy = ""  # against what the last failed save failed of
         self.thread = worker_thread("saver", self.device)
         self.writing = self.thread.submit(lambda: True)
-        for leftover in self.ckpt_dir.glob(".step_*.tmp"):  # of a process killed while saving
-            remove(leftover)
 
     def due(self) -> bool:
         """Tell whether --save_minutes have passed since the last save."""
@@ -171,25 +188,38 @@ class Saver:
         self.writing = self.thread.submit(self.write, step, state, started, waited)
 
     def write(self, step: int, state: dict, started: float, waited: float) -> bool:
-        """Write the copies and delete old checkpoints; False when that failed (the thread)."""
+        """Write the copies and delete old checkpoints; False when that failed (the thread).
+
+        Whatever goes wrong, it must not end training: what handles it touches no disk.
+        """
         tensors: dict[str, dict[str, torch.Tensor]] = {}
         for (file, name), t in self.copies.items():
             tensors.setdefault(file, {})[name] = t
         try:
+            refuse_not_finite(tensors)
             path = write(self.ckpt_dir, step, tensors, state)
-            prune(self.ckpt_dir, step, self.cfg.keep_last, self.best_step())
-        except Exception as e:  # whatever it was: it must not end training
-            older = [p.name for p in steps(self.ckpt_dir) if step_of(p) < step]
+        except Exception as e:
+            self.remedy = remedy(e, self.ckpt_dir)
+            if isinstance(e, NotFinite):
+                self.remedy = "a lower --max_lr under a new --run_name, with --init_from that one"
             say(
                 f"step {step} | NOT saved: {one_line(e)}; the last checkpoint is "
-                f"{older[-1] if older else 'none'}, the next save tries again; "
-                f"hint: make room in {self.ckpt_dir}"
+                f"{self.last_saved or 'none'}, the next save tries again; hint: {self.remedy}"
             )
             return False
+        self.last_saved = path.name
+        self.prune()
         took = time.perf_counter() - started
         self.log.write({"step": step, "save_ms": waited * 1e3, "write_ms": took * 1e3})
         say(f"step {step} | saved {path} | {took:.1f} s, of which training waited {waited:.2f} s")
         return True
+
+    def prune(self):
+        """Delete old checkpoints; what cannot be listed or deleted is left for the next time."""
+        try:
+            prune(self.ckpt_dir, self.step or 0, self.cfg.keep_last, self.best_step())
+        except Exception as e:
+            say(f"checkpoints | older ones not deleted: {one_line(e)}")
 
     def wait(self) -> bool:
         """Wait for the thread; tell whether the last save succeeded."""
@@ -199,7 +229,7 @@ class Saver:
         """Wait for the last save; prune again, as the last evaluation may have been the best."""
         saved = self.wait()
         if saved:
-            prune(self.ckpt_dir, self.step or 0, self.cfg.keep_last, self.best_step())
+            self.prune()
         self.thread.shutdown()
         self.copies = {}
         while self.pinned:
@@ -207,13 +237,41 @@ class Saver:
         return saved
 
     def best_step(self) -> int | None:
-        """Return the step with the lowest validation loss among those with a checkpoint."""
+        """Return the step with the lowest validation loss among those with a checkpoint.
+
+        A loss that is NaN or infinite is never the best.
+        """
         losses = {
             step: loss
             for step, loss in list(self.losses.items())
-            if step == self.step or (self.ckpt_dir / f"step_{step:06d}").exists()
+            if (step == self.step or (self.ckpt_dir / f"step_{step:06d}").exists())
+            and loss is not None
+            and math.isfinite(loss)
         }
         return min(losses, key=losses.get, default=None)
+
+
+class NotFinite(ArithmeticError):
+    """Weights or moments that are NaN or infinite: no checkpoint to keep."""
+
+
+def refuse_not_finite(tensors: dict[str, dict[str, torch.Tensor]]):
+    """Raise NotFinite naming a tensor that holds NaN or infinity."""
+    for file, content in tensors.items():
+        for name, t in content.items():
+            if not is_finite(t):
+                raise NotFinite(f"{name} is NaN or infinite, nothing to put into {file}")
+
+
+def is_finite(t: torch.Tensor) -> bool:
+    """Tell whether all values of a tensor in host memory are finite numbers."""
+    if t.dtype in (torch.float32, torch.float64):
+        # one pass without a copy, in numpy, because torch would start a second OpenMP thread pool;
+        # NaN and infinity survive every sum
+        with np.errstate(over="ignore", invalid="ignore"):
+            if np.isfinite(t.numpy().sum()):
+                return True
+    return bool(torch.isfinite(t).all())
 
 
 def pin(block: torch.Tensor) -> bool:
@@ -241,14 +299,86 @@ def prune(ckpt_dir: Path, step: int, keep_last: int, best: int | None):
             shutil.rmtree(path, ignore_errors=True)
 
 
+# --------------------------------------------------------------------------------------------------
+# the directory
+
+
+def open_directory(cfg, model: torch.nn.Module, start_step: int) -> Lock:
+    """Take a run's checkpoint directory for this process, until the lock is closed.
+
+    It is made if need be, what killed processes left in it is deleted, and a small save is tried.
+    Raises UserError when another process has it, or has trained on since this one looked, and when
+    checkpoints cannot be written or have no room.
+    """
+    ckpt_dir: Path = cfg.checkpoint_dir
+    try:
+        make_directory(ckpt_dir)
+        lock = take_lock(ckpt_dir)
+    except OSError as e:
+        raise cannot_write(cfg, e) from e
+    try:
+        newer = [path.name for path in steps(ckpt_dir) if step_of(path) > start_step]
+        if newer:
+            raise UserError(
+                f"another process has written {newer[-1]} to {ckpt_dir} since this one looked, "
+                f"which is at step {start_step}; hint: the same command again"
+            )
+        need_space(ckpt_dir, model, cfg.keep_last)
+        for leftover in ckpt_dir.glob(".step_*.tmp"):  # of a process killed while saving
+            remove(leftover)
+        try_saving(ckpt_dir)
+    except BaseException as e:
+        lock.close()
+        if isinstance(e, OSError | SafetensorError):
+            raise cannot_write(cfg, e) from e
+        raise
+    return lock
+
+
+def take_lock(ckpt_dir: Path) -> Lock:
+    """Lock a checkpoint directory. Raises UserError when another process has it."""
+    try:
+        lock = Lock(ckpt_dir)
+    except BlockingIOError as e:
+        raise UserError(
+            f"another process is writing to {ckpt_dir} ({e.strerror}); "
+            "hint: wait for it, or another --run_name and --ckpt_dir"
+        ) from None
+    if not lock.supported:
+        say(f"checkpoints | {ckpt_dir} has no file locks: start no second run there from elsewhere")
+    return lock
+
+
+def cannot_write(cfg, e: BaseException) -> UserError:
+    """Return the error that ends a run which could save no checkpoint."""
+    option = "--ckpt_dir" if cfg.ckpt_dir else "--log_dir"
+    return UserError(
+        f"cannot write to {cfg.checkpoint_dir}: {one_line(e)}; "
+        f"hint: {option} chooses another place, or {remedy(e, cfg.checkpoint_dir)}"
+    )
+
+
+def try_saving(ckpt_dir: Path):
+    """Write, read back and delete a small checkpoint. Raises what a save would fail of."""
+    trial = ckpt_dir / ".trial"
+    remove(trial)
+    try:
+        read(write(trial, 0, {"model.safetensors": {"x": torch.zeros(1)}}, {}))
+    finally:
+        remove(trial)
+
+
 def need_space(ckpt_dir: Path, model: torch.nn.Module, keep_last: int):
     """Raise UserError when the disk has no room for the checkpoints of a run, and one more."""
     size = 12 * model.num_params()  # float32 weights and AdamW's two moments
     missing = keep_last + 2 - len(steps(ckpt_dir))
-    free = shutil.disk_usage(ckpt_dir).free
-    if free < missing * size:
+    disk = shutil.disk_usage(ckpt_dir)
+    if disk.total == 0:  # ramfs, some FUSE and cluster file systems count no blocks
+        say(f"checkpoints | {ckpt_dir} does not say how much room it has")
+        return
+    if disk.free < missing * size:
         raise UserError(
-            f"{ckpt_dir} has {free / 1e9:.2f} GB free, checkpoints need {missing} x "
+            f"{ckpt_dir} has {disk.free / 1e9:.2f} GB free, checkpoints need {missing} x "
             f"{size / 1e9:.2f} GB; hint: make room, a lower --keep_last, or another --ckpt_dir"
         )
 
@@ -257,10 +387,45 @@ def need_space(ckpt_dir: Path, model: torch.nn.Module, keep_last: int):
 # reading
 
 
+def report(message: str):
+    """Print a line on stderr: standard output may be what a program reads (generate.py --json)."""
+    with redirect_stdout(sys.stderr):
+        say(message)
+
+
+class Unreadable(UserError):
+    """Something that is there and cannot be read: no damage, so nothing is renamed for it."""
+
+
+def unreadable(path: Path, e: OSError) -> Unreadable:
+    reason = e.strerror or one_line(e)
+    return Unreadable(f"{path} cannot be read ({reason}); hint: {remedy(e, path)}")
+
+
+# errors that say that a file is not there, in whatever way
+ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+
+
 def read(path: Path) -> Checkpoint:
-    """Read a checkpoint's state and check its files. Raises UserError naming what is damaged."""
+    """Read a checkpoint's state and check its files.
+
+    Raises UserError naming what is damaged, and Unreadable for what cannot be read, also not when
+    it is tried again.
+    """
+    for seconds in (*READ_AGAIN, None):
+        try:
+            return read_once(path)
+        except OSError as e:
+            if seconds is None or isinstance(e, PermissionError):
+                raise unreadable(Path(e.filename or path), e) from e
+            report(f"checkpoint | read again in {seconds} s: {one_line(e)}")
+        time.sleep(seconds)
+
+
+def read_once(path: Path) -> Checkpoint:
+    """Read a checkpoint's state and check its files. Raises UserError, OSError for another try."""
     try:
-        state = json.loads((path / "state.json").read_text())
+        state = json.loads(regular_file(path / "state.json").read_text())
         if state["format"] != FORMAT:
             raise UserError(
                 f"{path} has checkpoint format {state['format']}, expected {FORMAT}; "
@@ -278,24 +443,36 @@ def read(path: Path) -> Checkpoint:
         for name, expected in state["sha256"].items():
             if os.path.basename(name) != name:
                 raise UserError(f"{path / 'state.json'} is damaged: it names a file {name!r}")
-            actual = sha256(path / name)
+            actual = sha256(regular_file(path / name))
             if actual != expected:
                 raise UserError(
                     f"{path / name} is damaged: SHA-256 {actual[:12]}..., expected "
                     f"{expected[:12]}...; hint: --resume an older checkpoint"
                 )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (*ABSENT, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(
-            f"{path} is not a whole checkpoint ({type(e).__name__}: {e}); "
-            "hint: --resume an older one"
+            f"{path} is not a whole checkpoint ({one_line(e)}); hint: --resume an older one"
         ) from e
     return Checkpoint(path, state)
 
 
+def regular_file(path: Path) -> Path:
+    """Return the path. Raises ValueError for a pipe or a device: reading one may never end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError(f"{path} is not a regular file")
+    return path
+
+
 def steps(ckpt_dir: Path) -> list[Path]:
-    """Return the checkpoints of a directory, oldest first."""
-    paths = [p for p in ckpt_dir.glob("step_*") if p.is_dir() and p.name[5:].isdigit()]
-    return sorted(paths, key=step_of)
+    """Return the checkpoints of a directory, oldest first. Raises Unreadable if it is private."""
+    try:
+        with os.scandir(ckpt_dir) as entries:
+            names = [e.name for e in entries if re.fullmatch("step_[0-9]+", e.name) and e.is_dir()]
+    except ABSENT:
+        return []
+    except OSError as e:
+        raise unreadable(ckpt_dir, e) from e
+    return sorted((ckpt_dir / name for name in names), key=step_of)
 
 
 def step_of(path: Path) -> int:
@@ -310,8 +487,8 @@ def newest(
     """Return the newest valid checkpoint for which check() raises no UserError; None without any.
 
     Damaged ones are reported and skipped; with rename_bad they are renamed, so that they are
-    neither pruned nor overwritten. Raises UserError when there are checkpoints and none is valid: a
-    run never starts again silently.
+    neither pruned nor overwritten. Raises UserError when there are checkpoints and none is valid,
+    or one cannot be read: a run never starts again silently.
     """
     bad, error = [], None
     for path in reversed(steps(ckpt_dir)):
@@ -319,8 +496,10 @@ def newest(
             checkpoint = read(path)
             if check:
                 check(checkpoint)
+        except Unreadable:
+            raise
         except UserError as e:
-            say(f"checkpoint skipped | {e}")
+            report(f"checkpoint skipped | {e}")
             bad.append(path)
             error = e
             continue
@@ -343,7 +522,7 @@ def find(where: str | Path) -> Checkpoint:
     Raises UserError when there is none.
     """
     path = Path(where)
-    if (path / "state.json").exists():
+    if os.path.exists(path / "state.json"):
         return read(path)
     for ckpt_dir in (path / "ckpt", path):
         if steps(ckpt_dir):
@@ -358,6 +537,8 @@ def load_weights(checkpoint: Checkpoint, model: torch.nn.Module):
     """Load a checkpoint's weights into a model. Raises UserError where the shapes differ."""
     try:
         model.load_state_dict(load_file(checkpoint.path / "model.safetensors"))
+    except OSError as e:
+        raise unreadable(checkpoint.path / "model.safetensors", e) from e
     except (RuntimeError, SafetensorError) as e:
         raise UserError(
             f"{checkpoint.path} does not fit this model: {one_line(e)}; "

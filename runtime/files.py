@@ -1,13 +1,20 @@
-"""Files that are complete or absent: atomic writing, fsync, SHA-256."""
+"""Files that are complete or absent: atomic writing, fsync, SHA-256; what helps against errors."""
 
+import errno
 import glob
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+# What a file system answers when it has no such operation, as against failing at it: many network
+# and FUSE mounts sync no directory, Lustre has no locks unless mounted with -o flock.
+NOT_SUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK}
 
 
 @contextmanager
@@ -38,7 +45,7 @@ def remove_leftovers(path: Path):
     """Delete what processes that were killed while writing `path` have left."""
     for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         pid = temporary.name.split(".")[-2]
-        if pid.isdigit() and (int(pid) == os.getpid() or not is_running(int(pid))):
+        if pid.isdecimal() and (int(pid) == os.getpid() or not is_running(int(pid))):
             remove(temporary)
 
 
@@ -46,7 +53,7 @@ def is_running(pid: int) -> bool:
     """Tell whether a process of this number exists on this machine."""
     try:
         os.kill(pid, 0)  # signal 0 only asks
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:  # another user's
         pass
@@ -61,11 +68,25 @@ def remove(path: Path):
         path.unlink(missing_ok=True)
 
 
+def make_directory(path: Path):
+    """Make a directory and its parents, and wait until their names are on the disk."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        fsync(folder.parent)
+
+
 def fsync(path: Path):
-    """Wait until a file or a directory is on the disk."""
+    """Wait until a file or a directory is on the disk.
+
+    Where directories cannot be synced, a new name in one is as safe as that file system makes it.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as e:
+        if e.errno not in NOT_SUPPORTED or not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise
     finally:
         os.close(descriptor)
 
@@ -80,3 +101,39 @@ def sha256(path: str | Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal digits."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------
+# errors
+
+REMEDIES = {
+    errno.ENOSPC: "make room in {path}",
+    errno.EDQUOT: "make room in {path}: your quota is used up",
+    errno.EFBIG: "make room in {path}, or raise `ulimit -f`",
+    errno.EACCES: "change the permissions of {path}",
+    errno.EPERM: "change the permissions of {path}",
+    errno.EROFS: "mount {path} so that it can be written to",
+    errno.EMFILE: "raise `ulimit -n`",
+    errno.ENFILE: "raise `ulimit -n`",
+    errno.EEXIST: "move away what has that name",
+    errno.ENOTEMPTY: "move away what has that name",
+    errno.ENOTDIR: "move away the file that stands where a directory should be",
+    errno.EISDIR: "move away the directory that stands where a file should be",
+    errno.ENAMETOOLONG: "a shorter name",
+    errno.ENOENT: "is {path} still mounted?",
+}
+
+
+def error_number(e: BaseException) -> int | None:
+    """Return the errno of an OSError, or of one that a library has made a text of."""
+    number = getattr(e, "errno", None)
+    quoted = re.search(r"\(os error (\d+)\)", str(e))  # safetensors' way
+    if number is None and quoted:
+        number = int(quoted[1])
+    return number
+
+
+def remedy(e: BaseException, path: str | Path) -> str:
+    """Return what helps against an error in reading or writing at a path, as a hint says it."""
+    default = "look after the disk of {path} (dmesg)"
+    return REMEDIES.get(error_number(e), default).format(path=path)

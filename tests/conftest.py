@@ -171,7 +171,8 @@ def train_here(monkeypatch, capsys):
             status = e.code
         finally:
             assert handlers == [signal.getsignal(number) for number in SIGNALS]
-        return status, capsys.readouterr().out
+        printed = capsys.readouterr()
+        return status, printed.out + printed.err
 
     return train
 

@@ -1,0 +1,73 @@
+"""A lock that keeps a directory for one process; it lies in the directory that it protects."""
+
+import errno
+import fcntl
+import os
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+from runtime.files import NOT_SUPPORTED, is_running
+
+
+class Lock:
+    """Keeps a directory for this process, by a lock on a file `.lock` in it.
+
+    The system releases it when the process ends, however that happens. Where there are no locks,
+    the file's content decides, the host and number of the process that made it: a process of this
+    machine that still runs is noticed, one of another machine is not; `supported` is False.
+    """
+
+    def __init__(self, folder: Path):
+        """Take the lock. Raises BlockingIOError naming the process that has it."""
+        self.path = folder / ".lock"
+        self.supported = True
+        self.file = None
+        while self.file is None:
+            file = open(self.path, "a+")  # noqa: SIM115  neither cuts the file nor needs one
+            try:
+                self.take(file)
+                if same_file(file, self.path):  # else its holder has just deleted it
+                    self.file = file
+            finally:
+                if self.file is None:
+                    file.close()
+        self.file.truncate(0)
+        self.file.write(f"{socket.gethostname()} {os.getpid()}")
+        self.file.flush()
+
+    def take(self, file):
+        """Lock an open file. Raises BlockingIOError when another process has it."""
+        file.seek(0)
+        host, _, pid = file.read(300).partition(" ")
+        held = False
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            held = True
+        except OSError as e:
+            if e.errno not in NOT_SUPPORTED:
+                raise
+            self.supported = False
+            here = host == socket.gethostname() and pid.isdecimal()
+            held = here and int(pid) != os.getpid() and is_running(int(pid))
+        if held:
+            raise BlockingIOError(errno.EWOULDBLOCK, f"process {pid or '?'} on {host or '?'}")
+
+    def close(self):
+        """Give the directory back, once."""
+        if self.file is None:
+            return
+        with suppress(OSError):  # while it is locked: nobody deletes the file of the next one
+            self.path.unlink()
+        with suppress(OSError):
+            self.file.close()
+        self.file = None
+
+
+def same_file(file, path: Path) -> bool:
+    """Tell whether an open file is still the one at a path."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
