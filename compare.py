@@ -355,10 +355,24 @@ def curves(run_dir: str | Path):
 
 
 def save_figure(fig, path: str | Path):
+    """Write a figure. Raises UserError for an ending that matplotlib does not know."""
+    endings = fig.canvas.get_supported_filetypes()
+    if Path(path).suffix[1:].lower() not in endings:
+        raise UserError(
+            f"cannot write {path}: its ending is none of {', '.join(sorted(endings))}; "
+            "hint: --out another.png"
+        )
     for ax in fig.axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.3)
     fig.savefig(path, dpi=130)
+
+
+def not_drawn(e: Exception) -> str:
+    """Say why there is no picture, whatever it was: matplotlib's errors have many types."""
+    if isinstance(e, ImportError):
+        return "not drawn: matplotlib is missing; hint: pip install matplotlib"
+    return f"not drawn: {one_line(e)}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -390,10 +404,12 @@ def main(args: Comparison):
         else:
             curves(args.runs[0])
         say(f"picture | {out}")
-    except ImportError:
-        say("picture | not drawn: matplotlib is missing; hint: pip install matplotlib")
-    except (OSError, ValueError) as e:  # ValueError: an ending that matplotlib does not know
+    except OSError as e:
         raise UserError(f"cannot write {out} ({one_line(e)}); hint: --out another.png") from e
+    except UserError:
+        raise
+    except Exception as e:
+        say(f"picture | {not_drawn(e)}")
 
 
 if __name__ == "__main__":

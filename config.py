@@ -107,9 +107,9 @@ class RecordSettings:
     ckpt_dir: str = ""  # directory of the checkpoints; ckpt/ in the run directory unless given
     # auto: resume the run of this name if there is one; never; or the path of a checkpoint
     resume: str = "auto"
-    # Weights & Biases; auto = online when logged in
+    # Weights & Biases; auto = as WANDB_MODE, when logged in
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
-    wandb_project: str = "gpt2-from-scratch"  # W&B project
+    wandb_project: str = ""  # else WANDB_PROJECT or gpt2-from-scratch
     # stop after so many consecutive steps with a NaN or infinite loss or gradient (each is skipped)
     max_skipped: int = 10
     accept_new_data: bool = False  # resume although the shards are not those the run began with

@@ -41,7 +41,15 @@ class Evaluator:
         self.compute = compute
         self.world = world
         self.stop = stop
-        self.hellaswag = hellaswag.for_training(cfg.hellaswag_limit, model, world, compute)
+        self.gpt2_tokens = model.config.vocab_size >= N_VOCAB
+        limit = cfg.hellaswag_limit
+        if limit and not self.gpt2_tokens:
+            limit = 0
+            say(
+                f"hellaswag | skipped: it needs GPT-2's {N_VOCAB:,} tokens, the model has "
+                f"{model.config.vocab_size:,}; hint: --hellaswag_limit 0"
+            )
+        self.hellaswag = hellaswag.for_training(limit, model, world, compute)
         self.token_bytes = token_bytes()
         self.has_run = False  # the first call compiles
 
@@ -92,7 +100,7 @@ class Evaluator:
             self.stop.poll()
         nats, tokens, n_bytes = sum_over_ranks(total).tolist()
         bits_per_byte = None
-        if n_bytes and self.model.config.vocab_size >= N_VOCAB:  # else the ids are not GPT-2's
+        if n_bytes and self.gpt2_tokens:
             bits_per_byte = nats / math.log(2) / n_bytes
         return nats / tokens, bits_per_byte
 
@@ -102,18 +110,22 @@ class Evaluator:
         Returns the seconds that it took.
         """
         cfg, started = self.cfg, time.perf_counter()
-        draws = cfg.n_samples and cfg.sample_tokens and self.model.config.vocab_size >= N_VOCAB
+        draws = cfg.n_samples and cfg.sample_tokens and self.gpt2_tokens
         if not draws or self.world.rank != 0:
             return 0.0
-        with self.compute.autocast():
-            texts = generate.sample_texts(
-                self.model,
-                cfg.sample_prompt,
-                cfg.n_samples,
-                cfg.sample_tokens,
-                seed=cfg.seed * 1_000_003 + step,
-                stopped=lambda: bool(self.stop.reason),
-            )
+        try:
+            with self.compute.autocast():
+                texts = generate.sample_texts(
+                    self.model,
+                    cfg.sample_prompt,
+                    cfg.n_samples,
+                    cfg.sample_tokens,
+                    seed=cfg.seed * 1_000_003 + step,
+                    stopped=lambda: bool(self.stop.reason),
+                )
+        except Exception as e:  # out of memory, say: training can do without samples
+            say(f"step {step} | no samples: {one_line(e)}")
+            return time.perf_counter() - started
         if self.stop.reason:  # interrupted half-way: the resumed run draws these samples again
             return 0.0
         written = ""
@@ -121,7 +133,7 @@ class Evaluator:
             say(f"step {step} | sample {i} | {shortened(text)}")
             written += f"=== step {step}, sample {i}\n{text}\n"
         try:
-            with open(cfg.run_dir / "samples.txt", "a", encoding="utf-8") as f:
+            with open(cfg.run_dir / "samples.txt", "a", encoding="utf-8", errors="replace") as f:
                 f.write(written)
         except OSError as e:
             say(f"step {step} | samples.txt not written: {one_line(e)}")

@@ -23,7 +23,7 @@ from runtime.command_line import UserError, one_line, say
 from runtime.device import attention_backend, autocast_dtype
 from runtime.files import make_directory, remedy, write_json
 from runtime.meter import Meter, duration
-from runtime.runlog import RunLog, Wandb, environment
+from runtime.runlog import WANDB_END_SECONDS, RunLog, Wandb, environment
 from runtime.stop import Stop
 from runtime.world import World, on_rank0
 
@@ -75,11 +75,7 @@ class Records:
         checkpoints.
         """
         cfg = self.cfg
-        device = self.world.device
-        machine = environment(device, self.world.world_size)
-        head_width = self.model.config.n_embd // self.model.config.n_head
-        dtype = autocast_dtype(device, cfg.dtype)
-        machine["attention"] = attention_backend(device, dtype, head_width)
+        machine = self.machine()
         self.lock = checkpoint.open_directory(cfg, self.model, self.start_step)
         try:
             make_directory(cfg.run_dir)
@@ -93,11 +89,23 @@ class Records:
                 f"hint: --log_dir chooses another place, or {remedy(e, cfg.run_dir)}"
             ) from e
 
-    def give_back(self, wandb_seconds: float = 30):
+    def give_back(self, wandb_seconds: float = WANDB_END_SECONDS):
         """Close the log and unlock the checkpoint directory, once."""
-        self.log.close(wandb_seconds)
+        self.log.close()
+        self.log.close_wandb(wandb_seconds)
         if self.lock:
             self.lock.close()
+
+    def machine(self) -> dict:
+        """Return env.json: what computes this run."""
+        device = self.world.device
+        dtype = autocast_dtype(device, self.cfg.dtype)
+        head_width = self.model.config.n_embd // self.model.config.n_head
+        return environment(device, self.world.world_size) | {
+            "dtype": str(dtype).removeprefix("torch."),
+            "compiled": self.cfg.use_compile,
+            "attention": attention_backend(device, dtype, head_width),
+        }
 
     def state(self) -> dict:
         """Return what state.json holds beside what the checkpoint itself adds."""
@@ -189,10 +197,8 @@ class Records:
         """Draw curves.png. Whatever goes wrong there is reported in one line and stops no run."""
         try:
             compare.curves(self.cfg.run_dir)
-        except ImportError:
-            say("curves | not drawn: matplotlib is missing; hint: pip install matplotlib")
-        except Exception as e:  # matplotlib has many
-            say(f"curves | not drawn: {one_line(e)}")
+        except Exception as e:
+            say(f"curves | {compare.not_drawn(e)}")
 
     def close_checkpoints(self) -> bool:
         """Wait for the last checkpoint; tell whether it was written."""
@@ -224,12 +230,12 @@ class Records:
         say(f"           python {next_command}")
 
     def close(self, finished: bool):
-        """Close the log and draw the curves; if finished, write finished.json."""
+        """Close the log; if finished, write finished.json. What a run can do without comes last."""
         self.log.close()
         if self.saver:
-            self.draw_curves()
             if finished:
                 mark_finished(self.cfg, self.val_loss)
+            self.draw_curves()
         self.give_back()
 
     def release(self):

@@ -55,7 +55,7 @@ from runtime.device import (
 from runtime.memory import fit_batch, out_of_memory
 from runtime.runlog import read_metrics
 from runtime.stop import INTERRUPTED, Stop, Stopped
-from runtime.world import World, join_world, on_rank0, sum_over_ranks
+from runtime.world import World, join_world, on_rank0
 
 
 class Run(NamedTuple):
@@ -301,6 +301,7 @@ def set_up(
         with stop.compiling():
             B = fit_batch(cfg, model, train_model, compute, reserved, world)
         cfg = dataclasses.replace(cfg, B=B)
+    cfg = dataclasses.replace(cfg, use_compile=compute.compiled)
     micro_steps = split_batch(cfg, world)
     evaluate = Evaluator(cfg, model, data.val, compute, world, stop)
     start_step = resume_from.step if resume_from else 0
@@ -359,9 +360,8 @@ def finish(run: Run, step: int, finished: bool) -> Result:
     run.stop.stop_watching()  # nothing below calls poll()
     run.loader.close()
     saved = run.records.close_checkpoints()
-    # wait until rank 0 has written the checkpoint: when one process exits, torchrun kills the
-    # others after 30 s
-    sum_over_ranks(torch.zeros(1))
+    # all wait until rank 0 has written the checkpoint: when one exits, torchrun kills the others
+    run.stop.share_error()
     run.records.close(finished and saved)
     cfg = run.cfg
     if not finished and run.stop.error:

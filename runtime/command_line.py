@@ -61,9 +61,14 @@ def show(text: str, console: TextIO | None = None):
         print(text.encode(alphabet, "replace").decode(alphabet), end="", flush=True, file=console)
 
 
+def rank() -> str:
+    """Return this process's number under torchrun; "0" without it."""
+    return os.environ.get("RANK") or "0"
+
+
 def say(message: str):
     """Print one line on rank 0. A console that is gone, or on a full disk, never stops a run."""
-    if os.environ.get("RANK", "0") != "0":
+    if rank() != "0":
         return
     try:
         show(f"{message}\n")
@@ -83,12 +88,11 @@ def run_script(main: Callable[[], None]):
     try:
         main()
     except UserError as e:
-        rank = os.environ.get("RANK", "0")
-        where = "" if rank == "0" else f" (rank {rank})"
-        show(f"error{where}: {e}\n", sys.stderr)
-        if rank == "0":
-            repeat_after_torchrun(printable(f"error: {e}"))
-        else:
+        where = "" if rank() == "0" else f" (rank {rank()})"
+        message = f"error{where}: {e}"
+        show(f"{message}\n", sys.stderr)
+        repeat_after_torchrun(printable(message))
+        if rank() != "0":
             time.sleep(1)  # torchrun ends the others once one has ended: rank 0 is to report first
         sys.exit(2)
     except BrokenPipeError:
@@ -106,7 +110,13 @@ for i in $(seq 600); do
     grep -qs "^State:.Z" "/proc/$1/status" && break
     sleep 0.1
 done
+[ "$3" = 0 ] || sleep 0.5
+once="${TMPDIR:-/tmp}/reported-by-torchrun-$1"
+mkdir "$once" 2>/dev/null || exit
 printf "\n%s\n" "$2" >&2
+exec >&- 2>&-
+sleep 2
+rmdir "$once"
 """
 
 
@@ -114,12 +124,13 @@ def repeat_after_torchrun(message: str):
     """Print a message again after torchrun has ended: its own report is 40 lines long.
 
     A shell waits for that in the background, for 60 s at most. torchrun may stay a zombie until its
-    parent has read the last output, which this shell holds open: a zombie counts as ended.
+    parent has read the last output, which this shell holds open: a zombie counts as ended. Only one
+    rank of a machine prints its message, rank 0 if it has one.
     """
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT")
     if restarts is None or restarts != os.environ.get("TORCHELASTIC_MAX_RESTARTS"):
         return  # not under torchrun, or it will try again
-    command = ["sh", "-c", REPEAT, "sh", str(os.getppid()), message]
+    command = ["sh", "-c", REPEAT, "sh", str(os.getppid()), message, rank()]
     with contextlib.suppress(OSError):  # no shell
         subprocess.Popen(command, start_new_session=True)
 

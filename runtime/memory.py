@@ -4,11 +4,11 @@ import re
 import resource
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+from runtime.cgroup import control_groups, memory_left, read_text
 from runtime.command_line import UserError, say
 from runtime.device import Compute
 from runtime.world import World, sum_over_ranks
@@ -30,21 +30,14 @@ def free_memory(device: torch.device) -> int:
     )
     kilobytes = {name: int(number) for name, number in numbers}
     limits = [1024 * kilobytes["MemAvailable"]]
-    container = read_text("/sys/fs/cgroup/memory.max").strip()
-    used = read_text("/sys/fs/cgroup/memory.current").strip()
-    if container.isdigit() and used:
-        limits.append(int(container) - int(used))
+    of_group = memory_left(control_groups("memory"))
+    if of_group is not None:
+        limits.append(of_group)
     for name, limit in (("VmSize", resource.RLIMIT_AS), ("VmData", resource.RLIMIT_DATA)):
         soft_limit = resource.getrlimit(limit)[0]
         if soft_limit != resource.RLIM_INFINITY:
             limits.append(soft_limit - 1024 * kilobytes[name])
     return max(0, min(limits))
-
-
-def read_text(path: str) -> str:
-    """Return the text of a file, "" when there is none."""
-    file = Path(path)
-    return file.read_text() if file.exists() else ""
 
 
 def out_of_memory(e: BaseException) -> bool:

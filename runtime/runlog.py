@@ -7,10 +7,13 @@ import os
 import platform
 import queue
 import re
-import shutil
+import ssl
 import subprocess
 import sys
 import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,30 +22,49 @@ from runtime.command_line import UserError, one_line, say
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
+# what the end of a run waits for W&B, at most
+WANDB_END_SECONDS = 10
+
 
 def environment(device: torch.device, world_size: int) -> dict:
     """Return what a result depends on besides the settings: versions, hardware, commit, command."""
-    commit = ""
-    if (REPOSITORY / ".git").exists() and shutil.which("git"):
-        describe = ["git", "describe", "--always", "--dirty"]
-        run = subprocess.run(describe, cwd=REPOSITORY, capture_output=True, text=True)
-        commit = run.stdout.strip()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = f"{device.type}, {os.cpu_count()} cores"
     return {
-        "commit": commit,
+        "commit": known(commit) or "",
         "command": " ".join(sys.argv),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "platform": platform.platform(),
-        "device": name,
+        "cudnn": known(torch.backends.cudnn.version),
+        "platform": known(platform.platform),
+        "device": known(lambda: device_name(device)),
         "threads": torch.get_num_threads(),
         "world_size": world_size,
     }
+
+
+def known(look_up: Callable):
+    """Return what a look-up finds, None when it fails: a diagnostic never stops a run."""
+    try:
+        return look_up()
+    except Exception:  # git, drivers and platforms have many
+        return None
+
+
+def commit() -> str:
+    """Return the commit of this code, "" outside a git checkout."""
+    if not (REPOSITORY / ".git").exists():
+        return ""
+    describe = ["git", "describe", "--always", "--dirty"]
+    run = subprocess.run(
+        describe, cwd=REPOSITORY, capture_output=True, encoding="utf-8", timeout=10
+    )
+    return run.stdout.strip()
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {os.cpu_count()} cores"
 
 
 def read_metrics(run_dir: str | Path) -> list[dict]:
@@ -133,8 +155,8 @@ class RunLog:
             except OSError:
                 pass  # flush() has said so
 
-    def close(self, wandb_seconds: float = 30):
-        """Close everything, once; wait so long for what W&B has still to send."""
+    def close(self):
+        """Close metrics.jsonl, once."""
         if self.file is None:
             return
         self.sync()
@@ -145,8 +167,11 @@ class RunLog:
         except OSError as e:
             say(f"metrics.jsonl | not closed: {one_line(e)}")
         self.file = None
+
+    def close_wandb(self, seconds: float = WANDB_END_SECONDS):
+        """Send W&B what it has still to get, for so many seconds at most."""
         if self.wandb is not None:
-            self.wandb.close(wandb_seconds)
+            self.wandb.close(seconds)
 
 
 def belongs_before(line: bytes, resume_step: int) -> bool:
@@ -181,54 +206,87 @@ def cut_samples(path: Path, resume_step: int):
 class Wandb:
     """Sends records to Weights & Biases from a thread: no slow network holds or stops a run.
 
-    "auto" goes online only when a key is there (in the environment or .netrc; wandb itself would
-    prompt for one). Failures are reported in one line.
+    "auto" follows W&B's own settings (WANDB_MODE, `wandb login`, its own server), and is off
+    without a key, where wandb itself would prompt for one. Failures are reported in one line.
     """
 
     def __init__(self, cfg, run_id: str | None, run_dir: Path):
         self.id = run_id
+        self.run_dir = run_dir
+        self.abandoned = False  # the run has ended without waiting any longer
         self.queue = queue.SimpleQueue()
-        self.thread = threading.Thread(
-            target=self.work, args=(cfg, run_dir), daemon=True, name="wandb"
-        )
-        wanted = cfg.wandb in ("online", "offline")
-        if wanted or (cfg.wandb == "auto" and wandb_logged_in()):
+        self.thread = threading.Thread(target=self.work, args=(cfg,), daemon=True, name="wandb")
+        if cfg.wandb in ("online", "offline") or (cfg.wandb == "auto" and wandb_configured()):
             self.thread.start()
 
-    def work(self, cfg, run_dir: Path):
+    def work(self, cfg):
         """Log what comes through the queue, until None comes (the thread)."""
         try:
             import wandb
 
+            wandb.setup(wandb.Settings(silent=True))
+            settings = wandb.setup().settings
+            mode = cfg.wandb
+            if mode == "auto":
+                mode = settings.mode
+                if mode == "online" and not wandb.login(prompt=False, verify=False):
+                    return
+            if mode == "disabled":
+                return
+            if mode != "offline":
+                urlopen_once(settings.base_url)
             run = wandb.init(
-                project=cfg.wandb_project,
-                name=cfg.run_name,
+                project=cfg.wandb_project or settings.project or "gpt2-from-scratch",
+                name=settings.run_name or cfg.run_name,
                 id=self.id,
                 resume="allow" if self.id else None,
-                dir=run_dir,
+                dir=self.run_dir,
                 config=dataclasses.asdict(cfg),
-                mode="offline" if cfg.wandb == "offline" else "online",
-                settings=wandb.Settings(init_timeout=60, silent=True),
+                mode=mode,
+                settings=wandb.Settings(
+                    init_timeout=60, finish_timeout=WANDB_END_SECONDS - 2, silent=True
+                ),
             )
             self.id = run.id
-            say(f"wandb | {run.url or f'offline, in {run_dir}/wandb'}")
+            say(f"wandb | {run.url or f'offline, in {self.run_dir}/wandb'}")
             while record := self.queue.get():
                 values = {key: value for key, value in record.items() if key != "step"}
                 run.log(values, step=record["step"])
             run.finish()
         except Exception as e:  # wandb has many
-            say(f"wandb | off from here: {one_line(e)}; hint: --wandb offline, then `wandb sync`")
+            if not self.abandoned:
+                say(f"wandb | off from here: {one_line(e)}; hint: --wandb offline, `wandb sync`")
 
     def close(self, seconds: float):
         """Wait until everything is sent, but not longer than `seconds`."""
         self.queue.put(None)
         if self.thread.is_alive():
             self.thread.join(seconds)
+        self.abandoned = self.thread.is_alive()
+        if self.abandoned and seconds:
+            say(
+                f"wandb | not everything was sent within {seconds:g} s; "
+                f"hint: wandb sync {self.run_dir}/wandb/*run-*"
+            )
 
 
-def wandb_logged_in() -> bool:
-    """Tell whether an API key of W&B is in the environment or in .netrc."""
-    if os.environ.get("WANDB_API_KEY"):
+def wandb_configured() -> bool:
+    """Tell whether W&B may be wanted: only then it is imported, a second of work, and asked."""
+    if any(name.startswith("WANDB_") for name in os.environ):
         return True
-    netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
-    return netrc.exists() and "api.wandb.ai" in netrc.read_text(errors="replace")
+    netrc = os.environ.get("NETRC") or os.path.expanduser("~/.netrc")
+    return os.path.isfile(netrc)
+
+
+def urlopen_once(url: str):
+    """Raise OSError when a server cannot be reached; any answer will do.
+
+    wandb itself would try for a minute, and for half a minute more when the process ends.
+    """
+    try:
+        urllib.request.urlopen(url, timeout=10).close()
+    except urllib.error.HTTPError:
+        pass
+    except urllib.error.URLError as e:
+        if not isinstance(e.reason, ssl.SSLError):  # wandb has its own settings for certificates
+            raise

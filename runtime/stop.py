@@ -90,6 +90,17 @@ class Stop:
             raise Stopped
         return bool(save_due)
 
+    def share_error(self):
+        """Give every process the error of the first that has one, and wait until all are here."""
+        if not dist.is_initialized():
+            return
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, str(self.error) if self.error else None)
+        for rank, error in enumerate(errors):
+            if error is not None:
+                self.error = UserError(error if rank == 0 else f"on rank {rank}: {error}")
+                return
+
     @contextmanager
     def compiling(self) -> Iterator[None]:
         """Inside the block let COMPILE_SECONDS pass without poll(): torch.compile calls none."""

@@ -1,15 +1,19 @@
 """The processes of a run: ranks from torchrun's environment, sums over them, work of rank 0."""
 
 import datetime
+import math
 import os
 import sys
+import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
-from runtime.command_line import UserError, say
+from runtime.cgroup import control_groups, cpu_quota
+from runtime.command_line import UserError, one_line, say
 from runtime.device import keep_freed_memory, pick_device, use_deterministic_kernels
 
 # What a compilation may take before it counts as a hang: gpt2-xl on a machine of few cores may need
@@ -29,37 +33,147 @@ def join_world(device: str, timeout: float = 600, deterministic: bool = False) -
     """Choose the device and, when torchrun started this process, join the process group.
 
     NCCL serves tensors on GPUs, gloo those in host memory. Raises UserError when there is no such
-    device.
+    device, for a part of torchrun's variables, and when other processes do not come.
     """
+    rank, world_size = launched_as()
     if deterministic:
         # read by cuBLAS when it starts, and by torch's compiler, which else chooses among
         # reductions by timing them
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
-    chosen = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    chosen = pick_device(device, whole_number("LOCAL_RANK"))
     if deterministic:
         use_deterministic_kernels(chosen)
-    on_gpu = chosen.type == "cuda"
     if chosen.type == "cpu":
         keep_freed_memory()
+        limit_threads()
         if deterministic:
             torch.set_num_threads(1)
-    if "RANK" in os.environ and not dist.is_initialized():
+    if is_set("RANK") and not dist.is_initialized():
         warn_of_restarts()
+        meet(chosen, world_size, timeout)
+    return World(rank, world_size, chosen)
+
+
+# --------------------------------------------------------------------------------------------------
+# torchrun's environment
+
+LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+# How other launchers count the copies that they start, by the name of the launcher.
+COPIES = {
+    "srun": "SLURM_STEP_NUM_TASKS",
+    "mpirun (Open MPI)": "OMPI_COMM_WORLD_SIZE",
+    "mpirun": "PMI_SIZE",
+}
+
+
+def is_set(name: str) -> bool:
+    """Tell whether an environment variable has a value; an empty one has none."""
+    return bool(os.environ.get(name))
+
+
+def whole_number(name: str, least: int = 0) -> int:
+    """Return an environment variable as a number, `least` without it. Raises UserError."""
+    text = os.environ.get(name) or str(least)
+    if not text.isdecimal() or int(text) < least:
+        raise UserError(
+            f"{name} is {text!r} in the environment, expected a whole number from {least} on; "
+            f"hint: unset {name}, or start with torchrun, which sets it"
+        )
+    return int(text)
+
+
+def launched_as() -> tuple[int, int]:
+    """Return rank and world size from torchrun's environment, (0, 1) without one.
+
+    Raises UserError for a part of its variables: another launcher's, or left from an old export.
+    """
+    there = [name for name in LAUNCHER if is_set(name)]
+    missing = [name for name in LAUNCHER if not is_set(name)]
+    # the address alone means nothing: cluster software sets it for programs that may want it
+    if not is_set("RANK") and not is_set("WORLD_SIZE"):
+        warn_of_copies()
+        return 0, 1
+    if missing:
+        raise UserError(
+            f"of torchrun's variables {', '.join(there)} are set, {', '.join(missing)} are not; "
+            f"hint: unset {' '.join(there)}, or torchrun --nproc_per_node=N in place of python"
+        )
+    rank, world_size = whole_number("RANK"), whole_number("WORLD_SIZE", least=1)
+    whole_number("MASTER_PORT")
+    if rank >= world_size:
+        raise UserError(
+            f"RANK is {rank} of WORLD_SIZE {world_size} in the environment, must be below it; "
+            "hint: torchrun sets both"
+        )
+    return rank, world_size
+
+
+def warn_of_copies():
+    """Say so when a launcher has started several copies that do not know of each other."""
+    for launcher, name in COPIES.items():
+        count = os.environ.get(name, "")
+        if count.isdecimal() and int(count) > 1:
+            say(
+                f"processes | {launcher} has started {count} copies of this program, and each is a "
+                "run of its own: torchrun is missing; hint: torchrun --nproc_per_node=N in place "
+                "of python, one on each machine, or runs/slurm.sh"
+            )
+
+
+def meet(device: torch.device, world_size: int, timeout: float):
+    """Wait for the other processes, then make the process group. Raises UserError without them."""
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    others = f"{world_size - 1} other processes at {address}"
+    late = threading.Timer(10, say, [f"processes | still waiting for {others}"])
+    late.daemon = True
+    late.start()
+    on_gpu = device.type == "cuda"
+    try:
+        seconds = datetime.timedelta(seconds=timeout)
+        store, rank, world_size = next(rendezvous("env://", timeout=seconds))
+        # Later than the watchdog's limit (Stop), which gives the better message and also kills the
+        # hanging process. Ranks wait here for one that still compiles.
+        seconds = datetime.timedelta(seconds=max(timeout, COMPILE_SECONDS) + 15)
+        store.set_timeout(seconds)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            device_id=chosen if on_gpu else None,
-            # Later than the watchdog's limit (Stop), which gives the better message and also kills
-            # the hanging process. Ranks wait here for one that still compiles.
-            timeout=datetime.timedelta(seconds=max(timeout, COMPILE_SECONDS) + 15),
+            store=dist.PrefixStore("default_pg", store),  # as torch itself does
+            rank=rank,
+            world_size=world_size,
+            device_id=device if on_gpu else None,
+            timeout=seconds,
         )
-    return World(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), chosen)
+    except (dist.DistStoreError, dist.DistNetworkError) as e:
+        raise UserError(
+            f"waited {timeout:g} s for {others} ({one_line(e)}); hint: start all of them, with "
+            "torchrun, and the same MASTER_ADDR and MASTER_PORT; --group_timeout waits longer"
+        ) from None
+    finally:
+        late.cancel()
+
+
+def limit_threads():
+    """Use no more threads than the CPUs that a container is granted: more would only be halted.
+
+    torch counts the machine's cores. OMP_NUM_THREADS decides when it is given.
+    """
+    quota = cpu_quota(control_groups("cpu"))
+    threads = torch.get_num_threads()
+    if quota is None or is_set("OMP_NUM_THREADS") or math.ceil(quota) >= threads:
+        return
+    torch.set_num_threads(math.ceil(quota))
+    say(
+        f"threads | {math.ceil(quota)} of {threads}: the container may use {quota:g} CPUs at a "
+        "time; OMP_NUM_THREADS overrides this"
+    )
 
 
 def warn_of_restarts():
     """Say so when torchrun is to restart processes and may fail to (pytorch#135712)."""
     own_store = os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1"
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not own_store:
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and not own_store:
         say(
             "torchrun | a restart may fail without TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in front "
             "(pytorch#135712)"
