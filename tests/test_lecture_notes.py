@@ -1,0 +1,96 @@
+"""The code in notes is the repository's or runs; no term stands before its explanation."""
+
+import contextlib
+import io
+import re
+import textwrap
+
+import pytest
+from conftest import ROOT
+
+LECTURE = (ROOT / "notes" / "lecture_notes.md").read_text()
+BLOCK = re.compile(r"^```python(?: (\S+))?\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.S | re.M)
+WITH_CODE = [p.name for p in sorted(ROOT.glob("notes/*.md")) if BLOCK.search(p.read_text())]
+
+
+def is_excerpt(quote: str, source: str) -> bool:
+    """Whether a quote is a run of whole lines of a source, apart from their common indent."""
+    wanted, lines = textwrap.dedent(quote).splitlines(), source.splitlines()
+    n = len(wanted)
+    return any(
+        textwrap.dedent("\n".join(lines[i : i + n])).splitlines() == wanted
+        for i in range(len(lines) - n + 1)
+    )
+
+
+@pytest.mark.parametrize("name", WITH_CODE)
+def test_code_is_quoted_from_its_file_or_runs(name):
+    """A block with a file's name is in that file; others run in turn, and print what follows."""
+    text, namespace = (ROOT / "notes" / name).read_text(), {}
+    for file, code, printed in BLOCK.findall(text):
+        if file:
+            source = (ROOT / file).read_text()
+            assert is_excerpt(code, source), f"{name} quotes what is not in {file}:\n{code}"
+            continue
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            exec(code, namespace)
+        assert out.getvalue() == printed, f"{name}:\n{code}"
+    assert text.count("```python") == len(BLOCK.findall(text))
+
+
+def test_an_excerpt_is_whole_lines_in_their_order():
+    assert is_excerpt("  b\n  c\n", "a\n    b\n    c\n")
+    assert not is_excerpt("b\nd\n", "a\nb\nc\nd\n") and not is_excerpt("b", "a b\n")
+
+
+def without_code(markdown: str) -> str:
+    """Prose: no code, formulas, headings, addresses, nor the list of contents."""
+    text = re.sub(r"```.*?```|\$\$.*?\$\$|`[^`]*`", " ", markdown, flags=re.S)
+    text = re.sub(r"^#.*$", "", text, flags=re.M)
+    text = re.sub(r"^Contents:.*?\n\n", "\n", text, flags=re.S | re.M)
+    return re.sub(r"\]\([^)]*\)|https?://\S+", "]", text)
+
+
+def terms(prose: str) -> list[str]:
+    return [" ".join(term.split()) for term in re.findall(r"\*\*([^*]+)\*\*", prose)]
+
+
+def first_uses(prose: str) -> dict[str, tuple[int, int]]:
+    """Of each term in bold: where its word, singular or plural, is first used; where explained."""
+    places = {}
+    for match in re.finditer(r"\*\*([^*]+)\*\*", prose):
+        term = " ".join(match[1].split())
+        stem = r"\s+".join(map(re.escape, re.sub(r"(?<=ch)es$|(?<!s)s$", "", term).split(" ")))
+        use = re.search(rf"(?<![\w-]){stem}(?:s|es|'s)?(?![\w-])", prose, re.IGNORECASE)
+        places[term] = (use.start(), match.start(1))
+    return places
+
+
+def test_no_term_stands_before_its_explanation():
+    """A term is bold where it is explained, once, and the word occurs nowhere before."""
+    prose = without_code(LECTURE)
+    early = {
+        term: prose[use - 60 : use + 40]
+        for term, (use, explained) in first_uses(prose).items()
+        if use < explained
+    }
+    assert not early
+    listed = [term.lower() for term in terms(prose)]
+    assert len(listed) == len(set(listed)) > 60
+
+
+def test_the_glossary_explains_what_the_text_does():
+    """Its words are terms of the text, and the ones that a newcomer asked for are among them."""
+    rows = re.findall(r"^\| ([^|]+) \| [^|]+ \|$", LECTURE.split("## Glossary")[1], re.M)[2:]
+    words = {re.sub(r"s$", "", word.lower()) for row in rows for word in row.split(", ")}
+    explained = {re.sub(r"(?<=ch)es$|s$", "", t.lower()) for t in terms(without_code(LECTURE))}
+    assert words <= explained, words - explained
+    asked = "nat perplexity window shard preset mfu ddp rank micro-step epoch logit"
+    assert set(asked.split()) <= words
+
+
+def test_first_uses_finds_a_word_that_comes_too_early():
+    assert first_uses("A rank. The **ranks** are numbers.")["ranks"] == (2, 14)
+    use, explained = first_uses("frank; a **rank** is a number, ranks")["rank"]
+    assert use == explained
