@@ -5,11 +5,13 @@ import io
 import re
 import textwrap
 
+import nbformat
 import pytest
 from conftest import ROOT
 
 LECTURE = (ROOT / "notes" / "lecture_notes.md").read_text()
 BLOCK = re.compile(r"^```python(?: (\S+))?\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.S | re.M)
+FIGURE = re.compile(r"(?<![\w.,])(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+\.\d+)(?:e[-+]?\d+)?(?!\d)")
 WITH_CODE = [p.name for p in sorted(ROOT.glob("notes/*.md")) if BLOCK.search(p.read_text())]
 
 
@@ -88,6 +90,38 @@ def test_the_glossary_explains_what_the_text_does():
     assert words <= explained, words - explained
     asked = "nat perplexity window shard preset mfu ddp rank micro-step epoch logit"
     assert set(asked.split()) <= words
+
+
+# Figures of the notes that no record of the repository has: where they are from.
+ELSEWHERE = {
+    "the GPT-2 paper (Radford et al. 2019): merges": "50,000",
+    "the GPT-3 paper (Brown et al. 2020), appendix B: tokens in its first batches": "32,000",
+    "modded-nanogpt's records, billions of tokens to a loss of 3.28": "10.26 3.25 2.67 2.40 3.28",
+    "arithmetic: 4 x 768; a guess among four; 0.3037 - 0.2945; 1 / ln 2": "3,072 0.25 0.0092 1.44",
+    "config.py: val_tokens": "5,242,880",
+    "model.py: GPT.forward, GB of logits": "6.6",
+    "float32 at some 100,000 positions": "100,000",
+}
+
+
+def test_figures_have_a_record_or_a_named_source():
+    """Those with a decimal point or a thousands comma: in a notebook's output or another note."""
+    sources = [(ROOT / "README.md").read_text()]
+    sources += [(ROOT / "notes" / f).read_text() for f in ("LOG.md", "experiments.md")]
+    sources += [(ROOT / "notes" / "hellaswag.md").read_text(), " ".join(ELSEWHERE.values())]
+    for path in sorted(ROOT.glob("play-nbs/*.ipynb")):
+        for cell in nbformat.read(path, as_version=4).cells:
+            sources += [o.get("text", "") for o in cell.get("outputs", ())]
+    known = set(FIGURE.findall("\n".join(sources)))
+    for name in ("lecture_notes.md", "RoPE.md"):
+        text = re.sub(
+            r"```.*?```|https?://\S+|arXiv [\d.]+",
+            " ",
+            (ROOT / "notes" / name).read_text(),
+            flags=re.S,
+        )
+        figures = set(FIGURE.findall(text))
+        assert len(figures) > 20 and not figures - known, f"{name}: {sorted(figures - known)}"
 
 
 def test_first_uses_finds_a_word_that_comes_too_early():
