@@ -115,7 +115,7 @@ def test_figures_have_a_record_or_a_named_source():
     known = set(FIGURE.findall("\n".join(sources)))
     for name in ("lecture_notes.md", "RoPE.md"):
         text = re.sub(
-            r"```.*?```|https?://\S+|arXiv [\d.]+",
+            r"```.*?```|https?://\S+|arXiv\s+[\d.]+",
             " ",
             (ROOT / "notes" / name).read_text(),
             flags=re.S,
