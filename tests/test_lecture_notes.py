@@ -46,6 +46,22 @@ def test_an_excerpt_is_whole_lines_in_their_order():
     assert not is_excerpt("b\nd\n", "a\nb\nc\nd\n") and not is_excerpt("b", "a b\n")
 
 
+def test_diagrams_keep_to_plain_mermaid():
+    """Only what every version draws: boxes, choices, arrows, a frame; texts in quotes."""
+    box = r"\w+(?:\[\"[^\"]+\"\]|\{\"[^\"]+\"\})?"
+    line = re.compile(rf'flowchart TD|subgraph {box}|end|{box}(?: -- "[^"]+")? --> {box}')
+    diagrams = re.findall(r"```mermaid\n(.*?)```", LECTURE, re.S)
+    assert len(diagrams) == 2
+    for text in "".join(diagrams).splitlines():
+        assert line.fullmatch(text.strip()), text
+
+
+def test_formulas_stand_where_markdown_leaves_backslashes_alone():
+    """Between dollar signs GitHub has dropped the backslash of `\\,` and of a line's end."""
+    for path in ROOT.glob("notes/*.md"):
+        assert "$$" not in path.read_text(), path.name
+
+
 def without_code(markdown: str) -> str:
     """Prose: no code, formulas, headings, addresses, nor the list of contents."""
     text = re.sub(r"```.*?```|\$\$.*?\$\$|`[^`]*`", " ", markdown, flags=re.S)
