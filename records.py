@@ -346,7 +346,7 @@ def refuse_to_mix(cfg: TrainConfig) -> bool:
         raise UserError(
             f"{cfg.run_dir} holds a run with other settings: {changed}; "
             f"hint: --run_name {cfg.run_name}-2 starts a new one beside it. "
-            f"It may be resumed with another {', '.join(sorted(FREE_ON_RESUME))}"
+            f"It may be resumed with another {', '.join(sorted(FREE_ON_RESUME - {'given'}))}"
         )
     others = checkpoint.steps(cfg.checkpoint_dir)
     if cfg.ckpt_dir and cfg.resume in ("auto", "never") and others and content is None:

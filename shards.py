@@ -184,7 +184,7 @@ class Windows:
             path = self.shards[places[1, out.max(axis=1).argmax()]].path
             raise UserError(
                 f"{path} has token id {largest}, beyond vocab_size {self.vocab_size}; hint: is it "
-                f"GPT-2's tokenizer's? --vocab_size {-(-(largest + 1) // 128) * 128} accepts it"
+                f"GPT-2's tokenizer's? it needs --vocab_size {-(-(largest + 1) // 128) * 128}"
             )
 
     def check_file(self, shard: int):

@@ -7,6 +7,8 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import write_shards
 
 from config import (
     FREE_ON_RESUME,
@@ -17,8 +19,9 @@ from config import (
     from_command_line,
     preset,
 )
-from preflight import NOT_NEGATIVE, POSITIVE, problems
+from preflight import NOT_NEGATIVE, POSITIVE, check, problems
 from runtime.command_line import UserError
+from runtime.world import World
 
 FIELDS = {field.name for field in dataclasses.fields(TrainConfig)}
 
@@ -100,6 +103,46 @@ def test_epochs_and_steps_are_not_both_given():
     ):
         with pytest.raises(UserError, match="epochs 2 and max_steps 7 both .*hint: give one"):
             mistake()
+
+
+def test_paths_of_a_preset_may_begin_at_home(monkeypatch):
+    """On the command line and from Python: no shell expands what stands behind =."""
+    monkeypatch.setenv("HOME", "/h")
+    for name in ("data_root", "log_dir", "ckpt_dir", "init_from", "resume"):
+        cfg, _ = from_command_line(["gpt2-rope", f"--{name}=~/x"])
+        assert getattr(cfg, name) == "/h/x"
+        assert preset("gpt2-rope", **{name: "~/x"}) == cfg
+    assert preset("gpt2-rope", log_dir="~", sample_prompt="~/x").sample_prompt == "~/x"
+
+
+def test_a_preset_stands_first():
+    with pytest.raises(UserError, match="'gpt2-rope' belongs to no option: a preset is the first"):
+        from_command_line(["--B", "4", "gpt2-rope"])
+
+
+def checked(tmp_path, *words) -> TrainConfig:
+    """Return the settings that preflight.check() makes of a command line, on 4,000 tokens."""
+    data = write_shards(tmp_path / "data", {"train": [4001], "val": [1000]})
+    size = "--T 20 --B 1 --total_batch 20 --val_tokens 20 --device cpu"  # 200 steps per epoch
+    options = ["shakespeare", "--data_root", str(data), *size.split(), *words]
+    cfg, _ = from_command_line(options)
+    return check(cfg, World(0, 1, torch.device("cpu")))[0]
+
+
+def test_the_rules_hold_for_the_length_that_epochs_give(tmp_path):
+    """A given warm-up is kept, and refused as with --max_steps when it is too long."""
+    cfg = checked(tmp_path, "--epochs", "1")
+    assert (cfg.max_steps, cfg.warmup_steps) == (200, 20)  # the preset has 500 and 50
+    assert checked(tmp_path, "--epochs", "1", "--warmup_steps", "50").warmup_steps == 50
+    errors = []
+    for length in (["--epochs", "1"], ["--max_steps", "200"]):
+        with pytest.raises(UserError, match="warmup_steps 200 must be below max_steps 200") as e:
+            checked(tmp_path, *length, "--warmup_steps", "200")
+        errors.append(str(e.value))
+    assert errors[0] == errors[1]
+    for epochs in ("inf", "nan", "0"):
+        with pytest.raises(UserError, match="epochs is .*, must be a number above 0; hint: "):
+            checked(tmp_path, "--epochs", epochs)
 
 
 def test_directories_of_a_run():

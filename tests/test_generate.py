@@ -183,6 +183,15 @@ def test_the_ends_of_the_distribution():
     assert generate.draw(logits, torch.tensor([0.9999]), Sampling(top_k=2)).item() in (2, 3)
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-38, 1e-40, 1e-300])
+def test_a_tiny_temperature_is_greedy(temperature):
+    logits = torch.randn(64, 97, generator=torch.Generator().manual_seed(2)) * 20
+    u = torch.rand(64, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    for top_k in (0, 50):
+        drawn = generate.draw(logits, u, Sampling(temperature, top_k))
+        assert torch.equal(drawn, logits.argmax(-1))
+
+
 def test_ids_that_pad_the_vocabulary_are_never_drawn(model):
     with torch.no_grad():
         saved = model.wte.weight[N_VOCAB:].clone()
@@ -405,6 +414,26 @@ def test_prompts_from_command_line_file_and_stdin_give_the_same_texts(
             assert [row["prompt"] + row["text"] + "\n" for row in rows] == texts
             ends = [(row["sample"], row["tokens"], row["ended"]) for row in rows]
             assert ends == [(i, 6, "max_new_tokens") for i in (0, 1)] * 2
+
+
+def test_prompts_of_a_file_end_where_lines_end(tmp_path):
+    """At newlines alone, carriage returns aside, and without a byte order mark."""
+    file = tmp_path / "prompts.txt"
+    prompts = ["one\u2028still one", "two\x0cstill two\x85", "", "three"]
+    for raw in ("\n".join(prompts), "\r\n".join(prompts) + "\r\n"):
+        for mark in (b"", b"\xef\xbb\xbf"):
+            file.write_bytes(mark + raw.encode())
+            assert generate.read_prompts(str(file)) == [p for p in prompts if p]
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_every_console_shows_what_it_can(run_dir, encoding):
+    """Other alphabets, broken characters and escapes: replaced or written out, status 0."""
+    args = ["--prompt", "π\x1b]0;x\x07日本", "--max_new_tokens", "20", "--device", "cpu"]
+    env = {"PYTHONIOENCODING": encoding}
+    done = run("generate.py", "--model", run_dir, *args, env=env)
+    assert done.returncode == 0, done.stderr
+    assert r"?\x1b]0;x\x07??" in done.stdout and "speed | 20 tokens" in done.stdout
 
 
 def test_all_types_of_weights(run_dir, monkeypatch, capsys):

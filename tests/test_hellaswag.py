@@ -1,5 +1,6 @@
 """Test both HellaSwag protocols against their definition and against lm-eval, item by item."""
 
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -15,6 +16,7 @@ from conftest import ROOT, TINY, run, write_shards
 
 import hellaswag
 from model import GPT, GPTConfig
+from runtime import checkpoint
 from runtime.command_line import UserError
 from runtime.device import Compute
 from runtime.world import World
@@ -324,6 +326,81 @@ def test_download(tmp_path, monkeypatch, capsys):
     assert hellaswag.DATA.read_bytes() == raw
     monkeypatch.setattr(hellaswag.urllib.request, "urlopen", None)
     assert hellaswag.fetch_items() == hellaswag.DATA
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"label": -1}, "label is -1"),
+        ({"label": 4}, "label is 4"),
+        ({"label": "x"}, "label is 'x'"),
+        ({"label": True}, "label is True"),
+        ({"endings": ["a", "b", "c"]}, "expected 4 texts"),
+        ({"endings": ["a", "b", "c", "d", "e"]}, "expected 4 texts"),
+        ({"endings": ["a", "b", "c", 4]}, "expected 4 texts"),
+        ({"endings": "abcd"}, "expected 4 texts"),
+        ({"ctx": 3}, "ctx is 3"),
+    ],
+)
+def test_each_item_is_checked(tmp_path, changes, words):
+    """The line is named, blank ones counted; the cache of a version that did not check is unused.
+
+    An item of three endings and one of five would make a file whose total is right.
+    """
+    path = tmp_path / "x.jsonl"
+    lines = [json.dumps(item) for item in [*ITEMS[:2], ITEMS[0] | changes, *ITEMS[2:4]]]
+    path.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+    for _ in range(2):
+        with pytest.raises(UserError, match=f"x.jsonl is not HellaSwag's jsonl, line 5 .*{words}"):
+            hellaswag.load_items(path)
+
+
+def test_blank_lines_and_a_byte_order_mark_are_no_items(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf\n" + OWN.read_bytes().replace(b"\n", b"\r\n\n") + b" \n")
+    for x, y in zip(hellaswag.load_items(path)[:4], hellaswag.load_items(OWN)[:4]):
+        assert np.array_equal(x, y)
+
+
+def test_a_cache_of_items_that_cannot_be_is_not_used(tmp_path):
+    """As a version wrote it that did not check labels."""
+    first = hellaswag.load_items(OWN)
+    (cache,) = hellaswag.DATA.parent.iterdir()
+    with np.load(cache) as stored:
+        arrays = dict(stored)
+    np.savez(cache, **arrays | {"labels": arrays["labels"] - 2})
+    assert np.array_equal(hellaswag.load_items(OWN).labels, first.labels)
+
+
+def test_read_only_code_means_data_in_the_working_directory(tmp_path, monkeypatch):
+    """Where data/ beside the code cannot be written, file and cache go to data/ here."""
+    raw = OWN.read_bytes()
+    monkeypatch.setattr(hellaswag, "SHA256", hashlib.sha256(raw).hexdigest())
+    monkeypatch.setattr(hellaswag.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(raw))
+    monkeypatch.setattr(hellaswag.os, "access", lambda path, mode: False)  # root may write anywhere
+    monkeypatch.chdir(tmp_path)
+    path = hellaswag.fetch_items()
+    assert path == Path("data/hellaswag_val.jsonl")
+    hellaswag.load_items(path)
+    assert len(list(Path("data").iterdir())) == 2
+    assert not list(hellaswag.DATA.parent.iterdir())
+    monkeypatch.setattr(hellaswag.urllib.request, "urlopen", None)
+    assert hellaswag.fetch_items() == path
+
+
+def test_a_model_without_gpt2s_ids_is_not_measured(tmp_path, capsys):
+    """Skipped in training with one line, refused by the command."""
+    small = make_model(vocab_size=1536)
+    assert hellaswag.for_training(8, small, ONE, FLOAT32) is None
+    assert capsys.readouterr().out.count("\n") == 1
+    state = {"gpt_config": dataclasses.asdict(small.config)}
+    checkpoint.write(tmp_path, 1, {"model.safetensors": small.state_dict()}, state)
+    for scoring, words in (
+        (hellaswag.Scoring(model=str(tmp_path), data=str(OWN)), "knows 1536 tokens"),
+        (hellaswag.Scoring(model=str(tmp_path), data=str(OWN), limit=-1), "limit is -1"),
+    ):
+        with pytest.raises(UserError, match=words):
+            scoring.run()
 
 
 def test_foreign_files_are_refused(tmp_path):

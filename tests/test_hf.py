@@ -19,6 +19,7 @@ import transformers
 from conftest import ROOT, TINY, run, write_shards
 from safetensors.torch import load_file, save_file
 
+import generate
 import hf
 import optim
 import records
@@ -179,6 +180,123 @@ def test_names_come_from_the_hub_at_a_fixed_commit(source, monkeypatch):
         for file in ("config.json", "model.safetensors")
     ]
     assert all(len(revision) == 40 for revision in hf.REVISIONS.values())
+
+
+def test_a_name_is_found_where_others_cached_it(source, tmp_path):
+    """Under the name that these models had before, without a network."""
+    snapshot = tmp_path / "hub" / "models--gpt2" / "snapshots" / hf.REVISIONS["gpt2"]
+    shutil.copytree(source[0], snapshot)
+    env = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = run("hf.py", "import", "gpt2", tmp_path / "out", env=env)
+    assert done.returncode == 0, done.stderr
+
+
+# --------------------------------------------------------------------------------------------------
+# tokenizers beside the weights
+
+
+@pytest.fixture
+def with_tokenizer(tmp_path):
+    """A folder of GPT-2's vocabulary with the files that hf.py export writes."""
+    write_source(tmp_path / "gpt2", vocab_size=50257, n_layer=1, n_embd=16)
+    for name, text in tokenizer.hugging_face_files(16).items():
+        (tmp_path / "gpt2" / name).write_text(text, encoding="utf-8")
+    return tmp_path / "gpt2"
+
+
+def edit_json(path, edit):
+    content = json.loads(path.read_text(encoding="utf-8"))
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+def swap(vocab: dict):
+    vocab["the"], vocab["a"] = vocab["a"], vocab["the"]
+
+
+FOREIGN = {
+    "vocab.json": lambda path: edit_json(path, swap),
+    "merges.txt": lambda path: path.write_text(path.read_text("utf-8") + "a b\n"),
+    "tokenizer.json": lambda path: edit_json(path, lambda c: swap(c["model"]["vocab"])),
+    "spiece.model": lambda path: path.write_bytes(b"x"),
+    "vocab.txt": lambda path: path.write_text("the\n"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_ids_of_another_tokenizer_are_not_taken_for_gpt2s(with_tokenizer, tmp_path, name):
+    """Whatever file shows it: every way to the weights refuses them, and nothing is written."""
+    assert hf.load(str(with_tokenizer)).config.vocab_size == 50257
+    for other in ("vocab.json", "merges.txt", "tokenizer.json"):
+        if other != name:
+            (with_tokenizer / other).unlink()
+    FOREIGN[name](with_tokenizer / name)
+    message = refusal(with_tokenizer)
+    assert "is not GPT-2's" in message and name in message
+    with pytest.raises(UserError, match="is not GPT-2's"):
+        hf.import_(str(with_tokenizer), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_transformers_saves_is_gpt2s_and_added_tokens_are_reported(
+    with_tokenizer, tmp_path, capsys
+):
+    """As after tokenizer.add_tokens() and resize_token_embeddings(): named on import and export."""
+    folder = tmp_path / "added"
+    theirs = transformers.AutoTokenizer.from_pretrained(with_tokenizer)
+    theirs.save_pretrained(folder)
+    assert tokenizer.tokenizer_difference(folder) == ""
+    theirs.add_tokens(["<|user|>", "<|bot|>"])
+    theirs.save_pretrained(folder)
+    assert tokenizer.added_tokens(folder) == {"<|user|>": 50257, "<|bot|>": 50258}
+    write_source(folder, vocab_size=50259, n_layer=1, n_embd=16)
+    hf.import_(str(folder), str(tmp_path / "run"))
+    assert "2 rows beyond GPT-2's 50,257 tokens, added were <|user|>, <|bot|>" in (
+        capsys.readouterr().out
+    )
+    hf.export(str(tmp_path / "run"), str(tmp_path / "out"))
+    assert "50,257 rows of vocabulary (2 beyond GPT-2's left out)" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------------------
+# --init_from: the shape
+
+
+@pytest.mark.parametrize("place", ["run", "folder"])
+def test_the_source_brings_its_shape(tmp_path, place):
+    """config.json, state.json and the model agree; given settings that differ are refused."""
+    data = write_shards(tmp_path / "data", {"train": [4000], "val": [1000]}, ids=97)
+    save(make_model(vocab_size=97, use_rope=True), tmp_path / "run")
+    write_source(tmp_path / "folder")
+    source = str(tmp_path / place)
+    size = f"--T 16 --B 1 --total_batch 16 --val_tokens 16 --max_steps 1 --data_root {data}"
+    words = f"{size} --device cpu --use_compile False --n_samples 0 --wandb off".split()
+    words += ["--log_dir", str(tmp_path / "log"), "--init_from", source]
+    shape = dataclasses.asdict(hf.load(source).config)
+    result = train_gpt2.train(from_command_line(["shakespeare", *words])[0])
+    assert dataclasses.asdict(result.model.config) == shape
+    run_dir = tmp_path / "log" / "shakespeare"
+    stored = json.loads((run_dir / "config.json").read_text())
+    state = checkpoint.find(run_dir).state
+    assert stored.items() >= shape.items() and state["config"].items() >= shape.items()
+    assert state["gpt_config"] == shape
+    for given in ("--n_layer 6", "--vocab_size 50304", "--block_size 99", "--arch modern"):
+        with pytest.raises(UserError, match=f"{given[2:]}, {source} has .*; hint: leave"):
+            train_gpt2.train(from_command_line(["shakespeare", *words, *given.split()])[0])
+    same = f"--n_layer {shape['n_layer']} --vocab_size 97".split()
+    shutil.rmtree(source)  # a run goes on without it
+    cfg = from_command_line(["shakespeare", *words, *same])[0]
+    assert train_gpt2.train(cfg).finished
+
+
+def test_ids_beyond_the_sources_vocabulary_are_one_line(tmp_path):
+    data = write_shards(tmp_path / "data", {"train": [4000], "val": [1000]})
+    write_source(tmp_path / "folder")
+    size = f"--T 16 --B 1 --total_batch 16 --val_tokens 16 --max_steps 1 --data_root {data}"
+    words = f"{size} --device cpu --use_compile False --n_samples 0 --wandb off".split()
+    words += ["--log_dir", str(tmp_path), "--init_from", str(tmp_path / "folder")]
+    with pytest.raises(UserError, match="token id .*, beyond vocab_size 97; hint: "):
+        train_gpt2.train(from_command_line(["shakespeare", *words])[0])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -425,12 +543,33 @@ def test_the_tokenizer_is_ours(exported):
             ids = theirs(text)["input_ids"]
             assert ids == tokenizer.gpt2().encode(text, allowed_special="all")
             assert theirs.decode(ids) == text
+            assert generate.prompt_ids(text) == (ids or [50256])
         assert (theirs.bos_token_id, theirs.eos_token_id) == (50256, 50256)
+        assert (theirs.pad_token_id, theirs.padding_side) == (50256, "left")
         assert (len(theirs), theirs.model_max_length) == (50257, 24)
         if name:
             (exported[1] / name).rename(exported[1].parent / name)
         else:
             (exported[1].parent / "tokenizer.json").rename(exported[1] / "tokenizer.json")
+
+
+def test_what_other_programs_read(exported):
+    """llama.cpp's converter: the context by GPT-2's older name, an architecture that it knows.
+
+    Of the hidden_size family it reads hidden_size, num_hidden_layers, max_position_embeddings, ...
+    (no rotary base other than 10,000 is needed).
+    """
+    config = transformers.AutoConfig.from_pretrained(exported[1]).to_dict()
+    if config["model_type"] == "gpt2":
+        assert config["n_ctx"] == config["n_positions"] == 24
+
+
+def test_batches_are_as_single_prompts(exported):
+    """pipeline(..., batch_size=2), greedy: rows are padded on the left, and padding is no text."""
+    pipe = transformers.pipeline("text-generation", model=str(exported[1]))
+    options = dict(max_new_tokens=5, do_sample=False)
+    prompts = ["Hello", "A longer prompt than that"]
+    assert pipe(prompts, batch_size=2, **options) == [pipe(p, **options) for p in prompts]
 
 
 def test_sampling_settings_and_modes(exported):

@@ -17,6 +17,7 @@ from typing import Literal
 
 import pytest
 import torch
+import tyro
 from conftest import ROOT
 from test_shards import world
 
@@ -25,7 +26,7 @@ from model import GPT, GPTConfig
 from optim import build
 from runtime import command_line
 from runtime.checkpoint import Saver, find
-from runtime.command_line import UserError, near, one_line, say
+from runtime.command_line import PathText, UserError, near, one_line, say
 from runtime.device import (
     choose_compute,
     not_deterministic,
@@ -493,6 +494,35 @@ def test_say_survives_a_console_of_another_alphabet(monkeypatch):
     assert raw.getvalue() == b"Z?rich\n"
 
 
+def test_control_characters_are_shown_and_not_sent(monkeypatch, capsys):
+    """Whoever wrote them: in messages and in errors; newlines and tabs stay, other text, too."""
+    monkeypatch.delenv("RANK", raising=False)
+    nasty = "\x1b]52;c;eA==\x07\x9b2J\r\u202e"
+    say(f"{nasty}\n\t日本")
+
+    def main():
+        raise UserError(nasty)
+
+    with pytest.raises(SystemExit):
+        command_line.run_script(main)
+    shown = r"\x1b]52;c;eA==\x07\x9b2J\r\u202e"
+    assert capsys.readouterr() == (f"{shown}\n\t日本\n", f"error: {shown}\n")
+
+
+@pytest.mark.parametrize("words", ["prepare.py --help", "prepare.py fineweb-edu --help"])
+def test_a_reader_that_has_seen_enough_is_no_fault(words):
+    """`python SCRIPT | true`: status 0 and nothing on stderr."""
+    with subprocess.Popen(
+        [sys.executable, "-u", *words.split()],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
 @pytest.mark.parametrize("rank, prefix", [("0", "error: "), ("3", "error (rank 3): ")])
 def test_run_script_ends_user_errors_in_one_line(monkeypatch, capsys, rank, prefix):
     """Status 2 and no traceback."""
@@ -528,6 +558,19 @@ class Options:
     mode: Literal["a", "b"] = "a"
     rest: str = ""
     end: int | None = None
+    pair: tuple[float, float] = (0.9, 0.95)
+
+
+@dataclass
+class Places:
+    """Paths of each kind."""
+
+    files: tyro.conf.Positional[tuple[PathText, ...]] = ()
+    out: PathText = ""
+    more: tuple[PathText, ...] = ()
+    maybe: PathText | None = None
+    text: str = ""
+    texts: tuple[str, ...] = ()
 
 
 @pytest.mark.parametrize(
@@ -551,6 +594,7 @@ class Options:
         ("--max_lr -1e-4", Options(-1e-4)),
         ("--end None", Options()),
         ("--end 3", Options(end=3)),
+        ("--pair 1 2e-3", Options(pair=(1.0, 2e-3))),
     ],
 )
 def test_ways_to_write_an_option(args, expected):
@@ -571,6 +615,12 @@ def test_ways_to_write_an_option(args, expected):
         ("--B many", "--B is 'many', expected a whole number or auto"),
         ("--mode c", "--mode is 'c', expected a or b"),
         ("--max_l 1 --steps x", "did you mean max_lr?; --steps is 'x'"),
+        ("--steps 3 lr", "'lr' belongs to no option: it is --max_lr here"),
+        ("steps 3", "'steps' belongs to no option"),
+        ("--pair 1", "--pair is '1', expected 2 values"),
+        ("--pair=1,2", "--pair is '1,2', expected 2 values"),
+        ("--pair 1 x", "--pair is 'x', expected a number"),
+        ("-x", "'-x' belongs to no option"),
     ],
 )
 def test_mistakes_in_options_are_one_line(args, words):
@@ -578,6 +628,45 @@ def test_mistakes_in_options_are_one_line(args, words):
         command_line.parse(Options, args.split(), advice={"lr": "it is --max_lr here"})
     assert words in str(e.value) and str(e.value).endswith("; hint: --help lists all options")
     assert "\n" not in str(e.value)
+
+
+def test_values_may_look_like_options():
+    """What is no name behind -- is a value, as is anything behind =."""
+    words = ["--texts", "1+1=", "-5", "--> x", "--text", "--- Chapter 1"]
+    parsed = command_line.parse(Places, words)
+    assert (parsed.texts, parsed.text) == (("1+1=", "-5", "--> x"), "--- Chapter 1")
+    assert command_line.parse(Places, ["--text=--out"]).text == "--out"
+
+
+def test_a_tilde_is_the_home_directory_in_every_path(monkeypatch):
+    """In options, behind =, in lists and in positional words; text stays as it is."""
+    monkeypatch.setenv("HOME", "/h")
+    words = "~/a b --out=~/c --more ~/d ~/e --maybe ~ --text ~/f".split()
+    expected = Places(("/h/a", "b"), "/h/c", ("/h/d", "/h/e"), "/h", "~/f")
+    assert command_line.parse(Places, words) == expected
+
+
+def test_what_tyro_refuses_is_one_line(monkeypatch, capsys):
+    """Missing words, unknown commands: no box, and --help is still printed."""
+
+    def export(run: tyro.conf.Positional[PathText]):
+        """Export."""
+        print("standard error of a command is left alone", file=sys.stderr)
+
+    def command(*words):
+        monkeypatch.setattr(sys, "argv", ["hf.py", *words])
+        command_line.parse_command({"export": export}, "Commands.")
+
+    for words in ([], ["export"], ["exprt", "a"]):
+        with pytest.raises(UserError, match="hint: --help lists all options") as e:
+            command(*words)
+        assert "\n" not in str(e.value) and "─" not in str(e.value)
+    assert capsys.readouterr() == ("", "")
+    with pytest.raises(SystemExit) as e:
+        command("export", "--help")
+    assert not e.value.code and "PATH" in capsys.readouterr().out
+    command("export", "a")
+    assert "left alone" in capsys.readouterr().err
 
 
 def test_one_of_several_commands_is_run(monkeypatch):
