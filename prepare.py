@@ -454,10 +454,15 @@ def refuse_changes(job: Job, data: Dataset, source: str):
         files = list_inputs(data, source)[1]
         before["files"] = [file["name"] for file in job.sources]
         now["files"] = [file["name"] for file in files]
+        now |= {file["name"]: file["bytes"] for file in files}
         for file in job.sources:
-            if "shards" in file:  # others may have been replaced
+            if file.get("shards"):  # others may have been replaced
                 before[file["name"]] = file["bytes"]
-        now |= {file["name"]: file["bytes"] for file in files if file["name"] in before}
+                path = os.path.join(source, file["name"])
+                shard = os.path.join(job.out, file["shards"][0])
+                if file["name"] in now and os.path.getmtime(path) > os.path.getmtime(shard):
+                    before[f"{file['name']}, SHA-256"] = file["sha256"]
+                    now[f"{file['name']}, SHA-256"] = sha256(path)
     changes = [
         f"{key} {value!r:.100}, now {now.get(key)!r:.100}"
         for key, value in before.items()

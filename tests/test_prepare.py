@@ -834,6 +834,12 @@ def test_other_settings_or_files_are_refused(source, tmp_path):
     more.unlink()
     name = list(INPUTS)[1]
     before = (Path(source) / name).stat().st_size
+    path = Path(source) / name
+    good = path.read_bytes()
+    path.write_bytes(good[:-1] + b"x")
+    assert f"{name}, SHA-256 '" in fineweb_error(out, source)
+    path.write_bytes(good)
+    assert fineweb(out, source) == expected
     path = Path(write(Path(source) / name, ["another text"]))
     assert f"{name} {before}, now {path.stat().st_size}" in fineweb_error(out, source)
     path.unlink()
