@@ -98,8 +98,9 @@ def load(where: str) -> GPT:
 
     float32, on the CPU. Raises UserError that says what is missing at `where`.
     """
-    saved = find_checkpoint(where)
-    return load_checkpoint(saved) if saved else from_pretrained(where)
+    if has_checkpoint(where):
+        return checkpoint.find_and(where, load_checkpoint)
+    return from_pretrained(where)
 
 
 def load_for_text(where: str) -> GPT:
@@ -115,21 +116,21 @@ def load_for_text(where: str) -> GPT:
 
 def read_shape(where: str) -> GPTConfig:
     """Return the shape of the model that load() would return, without its weights."""
-    saved = find_checkpoint(where)
-    return stored_shape(saved) if saved else read_config(find_folder(where))
+    if has_checkpoint(where):
+        return checkpoint.find_and(where, stored_shape)
+    return read_config(find_folder(where))
 
 
-def find_checkpoint(where: str) -> Checkpoint | None:
-    """Return the checkpoint at a path; None when that is no run and no checkpoint."""
+def has_checkpoint(where: str) -> bool:
+    """Tell whether a path is a run, a checkpoint or a directory of checkpoints."""
     path = Path(where)
     is_checkpoint = os.path.exists(path / "state.json")
-    if is_checkpoint or checkpoint.steps(path / "ckpt") or checkpoint.steps(path):
-        return checkpoint.find(path)
-    return None
+    return is_checkpoint or bool(checkpoint.steps(path / "ckpt") or checkpoint.steps(path))
 
 
 def load_checkpoint(saved: Checkpoint) -> GPT:
     """Return the model of a checkpoint, on the CPU, rebuilt from the config stored with it."""
+    check_shape(saved)
     model = empty_model(saved)
     checkpoint.load_weights(saved, model)
     return model
@@ -141,14 +142,50 @@ def empty_model(saved: Checkpoint) -> GPT:
 
 
 def stored_shape(saved: Checkpoint) -> GPTConfig:
-    """Return the shape of a checkpoint's model. Raises UserError when it is another kind."""
+    """Return the shape of a checkpoint's model. Raises UserError when there is no such model."""
     try:
-        return GPTConfig(**saved.state["gpt_config"])
-    except (KeyError, TypeError) as e:
+        config = GPTConfig(**saved.state["gpt_config"])
+        check_config(config)
+        return config
+    except (KeyError, TypeError, ValueError) as e:
         raise UserError(
             f"{saved.path} is not of this model ({one_line(e)}); "
             "hint: use the version that wrote it"
         ) from e
+
+
+def check_config(config: GPTConfig):
+    """Raise ValueError for values of a GPTConfig that no model has."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        kind = type(field.default)
+        if type(value) is not kind or (kind is int and value < 1):
+            raise ValueError(f"{field.name} is {value!r}")
+    if config.arch not in ("gpt2", "modern"):
+        raise ValueError(f"arch is {config.arch!r}")
+    if config.n_embd % (config.n_head * (2 if config.rotary else 1)):
+        raise ValueError(f"n_embd is {config.n_embd}, n_head {config.n_head}")
+
+
+def check_shape(saved: Checkpoint):
+    """Compare a checkpoint's shape with its weights' header, before anything large is built.
+
+    Raises UserError where they differ: its config may ask for any amount of memory.
+    """
+    config = stored_shape(saved)
+    actual = checkpoint.weight_shapes(saved)
+    expected = {}
+    if config.n_layer <= len(actual):
+        with torch.device("meta"):
+            expected = {key: tuple(w.shape) for key, w in GPT(config).state_dict().items()}
+    if actual != expected:
+        keys = sorted(actual.keys() | expected.keys())
+        key = next(key for key in keys if actual.get(key) != expected.get(key))
+        raise UserError(
+            f"{saved.path / 'model.safetensors'} does not fit state.json: {key} is "
+            f"{actual.get(key, 'missing')}, expected {expected.get(key, 'no such weight')}; "
+            "hint: another checkpoint"
+        )
 
 
 def newest_run(log_dir: str = "log") -> str:
@@ -159,8 +196,16 @@ def newest_run(log_dir: str = "log") -> str:
             f"no run with a checkpoint in {log_dir}/; "
             "hint: python train_gpt2.py first, or --model PATH"
         )
-    newest = max(states, key=lambda path: path.stat().st_mtime)
+    newest = max(states, key=time_written)
     return str(newest.parents[2])
+
+
+def time_written(path: Path) -> float:
+    """Return when a file was written; 0 for one that has just been deleted."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def from_pretrained(name_or_folder: str) -> GPT:
@@ -606,8 +651,7 @@ def export(run: tyro.conf.Positional[PathText], out: tyro.conf.Positional[PathTe
         out: folder to make
     """
     with new_folder(out) as folder:
-        saved = checkpoint.find(run)
-        model = load_checkpoint(saved)
+        saved, model = checkpoint.find_and(run, lambda saved: (saved, load_checkpoint(saved)))
         config, weights = layout(model)
         architecture = config["architectures"][0]
         parameters = sum(w.numel() for w in weights.values())

@@ -5,6 +5,8 @@ Rank 0 writes. The other ranks call the same methods, which then do nothing but 
 
 import dataclasses
 import json
+import math
+import os
 import time
 from functools import partial
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 
 import compare
 import evaluate
+import hf
 import shard_files
 import shards
 from config import FREE_ON_RESUME, TrainConfig, differences
@@ -25,7 +28,8 @@ from runtime.files import make_directory, remedy, write_json
 from runtime.meter import Meter, duration
 from runtime.runlog import WANDB_END_SECONDS, RunLog, Wandb, environment
 from runtime.stop import Stop
-from runtime.world import World, on_rank0
+from runtime.world import World, least_over_ranks, on_rank0
+from shard_files import DamagedShard
 
 
 class Records:
@@ -120,18 +124,52 @@ class Records:
         return self.saver is not None and self.saver.due()
 
     def save(self, step: int):
-        """Save a checkpoint in the background."""
+        """Save a checkpoint in the background, unless training data were wrong."""
         started = time.perf_counter()
-        if self.saver:
+        if self.wrong_since() == math.inf and self.saver:
             self.saver.save(step, self.state())
         self.meter.paused("save", self.cfg.save_interval, time.perf_counter() - started)
+
+    def stopped(self, step: int):
+        """Save what an interrupted run has learned, or set aside what it learned from wrong data.
+
+        The data of a shard that is damaged were wrong in the past, too.
+        """
+        self.flush()
+        since = self.wrong_since()
+        if since == math.inf:
+            if step > self.start_step:
+                self.save(step)
+        elif self.saver:
+            self.saver.set_aside(since)
+
+    def wrong_since(self) -> float:
+        """Return since when training data were wrong, on any rank: time.time(), or infinity.
+
+        Looks at every shard that was read, so that no checkpoint holds what was read of a file that
+        has changed: what a changed file has done begins now.
+        """
+        windows = self.loader.windows
+        errors = [self.stop.error]
+        for shard in list(windows.checked_at):
+            try:
+                windows.check_file(shard)
+            except UserError as e:
+                errors.append(e)
+                self.stop.ask(e)
+        paths = [shard.path for shard in windows.shards]
+        since = math.inf
+        for e in errors:
+            if isinstance(e, DamagedShard) and e.path in paths:
+                since = min(since, e.since, time.time())
+        return least_over_ranks(since)
 
     def evaluation(self, record: dict, has_checkpoint: bool):
         """Log an evaluation; with a checkpoint of the same step it may become the best one."""
         self.log.write(record)
         self.val_loss = record["val/loss"]
         if self.saver:
-            if has_checkpoint:
+            if has_checkpoint and self.val_loss is not None and math.isfinite(self.val_loss):
                 self.saver.losses[record["step"]] = self.val_loss
             self.draw_curves()
         self.meter.paused("evaluation", self.cfg.eval_interval, record["eval_ms"] / 1e3)
@@ -221,7 +259,7 @@ class Records:
             f"{cfg.max_steps * cfg.total_batch:,} tokens"
         )
         say(f"  curves   {cfg.run_dir / 'curves.png'}")
-        if (cfg.run_dir / "samples.txt").exists():
+        if os.path.exists(cfg.run_dir / "samples.txt"):
             say(f"  samples  {cfg.run_dir / 'samples.txt'}")
         prompt, next_command = cfg.sample_prompt, f"hellaswag.py --model {cfg.run_dir}"
         if cfg.preset == "shakespeare":
@@ -278,7 +316,12 @@ def find_checkpoint(cfg: TrainConfig) -> Checkpoint | None:
         newest = newest_checkpoint(cfg)
     if cfg.resume not in ("auto", "never"):
         return named_checkpoint(cfg, newest)
-    if newest is None:
+    if newest is None and checkpoint.of_wrong_data(cfg.checkpoint_dir):
+        say(
+            f"resume | all checkpoints in {cfg.checkpoint_dir} had learned from a damaged shard "
+            "and are set aside: from step 0"
+        )
+    elif newest is None:
         if b'"save_ms"' in (read_bytes(cfg.run_dir / "metrics.jsonl") or b""):
             raise UserError(
                 f"{cfg.run_dir} has saved checkpoints, but {cfg.checkpoint_dir} has none; "
@@ -358,18 +401,33 @@ def refuse_to_mix(cfg: TrainConfig) -> bool:
 
 
 def refuse_other_run(cfg: TrainConfig, saved: Checkpoint):
-    """Raise UserError for a checkpoint that is not of this run."""
+    """Raise UserError for a checkpoint that is not of this run, or is not one of a run at all."""
     if "config" not in saved.state:  # hf.py import
         raise UserError(
             f"{saved.path} holds weights from {saved.state.get('source')}, not a run to resume; "
             f"hint: --init_from {saved.path} under a new --run_name"
         )
+    kinds = {"config": dict, "gpt_config": dict, "data": str, "val_losses": dict}
+    wrong = [key for key, kind in kinds.items() if not isinstance(saved.state.get(key), kind)]
+    losses = saved.state.get("val_losses")
+    if not wrong and not all(step.isdecimal() and is_number(loss) for step, loss in losses.items()):
+        wrong = ["val_losses"]
+    if wrong or not isinstance(saved.state.get("wandb_id", 0), str | None):
+        raise UserError(
+            f"{saved.path / 'state.json'} has no usable {', '.join(wrong or ['wandb_id'])}; "
+            f"hint: --init_from {saved.path} takes its weights alone"
+        )
+    hf.check_shape(saved)
     changed = differences(cfg, saved.state["config"])
     if changed:
         raise UserError(
             f"{saved.path} is of a run with other settings: {changed}; "
             "hint: another --run_name for these"
         )
+
+
+def is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def named_checkpoint(cfg: TrainConfig, newest: Checkpoint | None) -> Checkpoint:

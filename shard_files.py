@@ -10,6 +10,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import re
 import stat
@@ -31,6 +32,19 @@ BIN_HEADER = 1024  # bytes: 256 int32
 NO_BIN_HEADER = "its header is not llm.c's (magic 20240520, version 1)"
 RESTORE_HINT = "hint: restore the shard, then run the same command to resume"
 SCAN_TOKENS = 1 << 21  # read at a time: 4 MB
+
+
+class DamagedShard(UserError):
+    """A shard with other content than the run began with, or than manifest.json says.
+
+    `since`: when that may have begun, in seconds as time.time() gives them. What was learned of the
+    shard from then on is wrong; before, or unless `since` is given, only what is in no checkpoint.
+    """
+
+    def __init__(self, message: str, path: str, since: float = math.inf):
+        super().__init__(message)
+        self.path = path
+        self.since = since
 
 
 class Shard(NamedTuple):
@@ -234,8 +248,8 @@ def scan(shard: Shard, idle: float = 0) -> Scan:
     return Scan(digest.hexdigest(), documents, beyond)
 
 
-def verify(shards: list[Shard], wrong: list[str]):
-    """Append to `wrong` a message for every shard that differs from manifest.json.
+def verify(shards: list[Shard], wrong: list[UserError]):
+    """Append to `wrong` an error for every shard that differs from manifest.json.
 
     Runs in a background thread at a fifth of full speed.
     """
@@ -244,12 +258,14 @@ def verify(shards: list[Shard], wrong: list[str]):
             continue
         try:
             if scan(shard, idle=4).sha256 != shard.sha256:
-                wrong.append(
+                message = (
                     f"{shard.path} is damaged: its SHA-256 is not that in manifest.json; "
                     f"{RESTORE_HINT}"
                 )
+                # written last: before, it had another content
+                wrong.append(DamagedShard(message, shard.path, os.stat(shard.path).st_mtime))
         except OSError as e:
-            wrong.append(f"{shard.path} cannot be read ({e.strerror}); {RESTORE_HINT}")
+            wrong.append(UserError(f"{shard.path} cannot be read ({e.strerror}); {RESTORE_HINT}"))
 
 
 def fingerprints(shards: list[Shard]) -> list[str]:

@@ -21,7 +21,7 @@ import torch
 from runtime.command_line import UserError
 from runtime.device import worker_thread
 from runtime.world import World
-from shard_files import RESTORE_HINT, Shard, stamp, verify
+from shard_files import RESTORE_HINT, DamagedShard, Shard, stamp, verify
 from tokenizer import EOT
 
 # How often each shard's size and mtime are compared with those at the start. A check costs 2 us,
@@ -188,7 +188,7 @@ class Windows:
             )
 
     def check_file(self, shard: int):
-        """Raise UserError when a shard's file is not the one that was opened when the run began."""
+        """Raise DamagedShard when a shard's file is not the one that the run began with."""
         path, at_start = self.shards[shard].path, self.shards[shard].stamp
         try:
             now = stamp(path)
@@ -199,7 +199,7 @@ class Windows:
         change = "was replaced or rewritten"
         if now[0] != at_start[0]:
             change = f"has {now[0]} bytes now, not {at_start[0]}"
-        raise UserError(f"{path} {change} since the run began; {RESTORE_HINT}")
+        raise DamagedShard(f"{path} {change} since the run began; {RESTORE_HINT}", path)
 
     def read_tokens(self, row: np.ndarray, shard: int, token: int):
         """Fill a row with the tokens of a shard from number `token` on."""
@@ -307,7 +307,7 @@ class Loader:
         self.world = world
         self.digests = digests
         self.on_error = on_error
-        self.wrong: list[str] = []  # filled by the thread that compares with manifest.json
+        self.wrong: list[UserError] = []  # filled by the thread that compares with manifest.json
         self.waited = 0.0  # seconds, and
         self.digest = 0  # sum of digests, since totals() was called
         self.micro_steps = total_batch // (B * windows.T * world.world_size)
@@ -331,7 +331,7 @@ class Loader:
         started = time.perf_counter()
         try:
             if self.wrong:
-                raise UserError("; ".join(self.wrong))
+                raise self.wrong[0]
             batch = self.next_batch.result()
         except UserError as e:
             if self.on_error is None:

@@ -136,9 +136,7 @@ def train_loop(run: Run) -> tuple[int, bool]:
             # diagnostics only from here on
             run.records.step(step + 1, lr, loss, norm, healthy, save_due)
     except Stopped:
-        run.records.flush()
-        if step > run.start_step:
-            run.records.save(step)
+        run.records.stopped(step)
         return step, False
 
 

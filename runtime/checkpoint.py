@@ -22,22 +22,24 @@ import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from runtime.command_line import UserError, one_line, say
 from runtime.device import worker_thread
-from runtime.files import atomic, make_directory, remedy, remove, sha256
+from runtime.files import atomic, fsync, make_directory, remedy, remove, sha256
 from runtime.lock import Lock
 from runtime.runlog import RunLog
 from runtime.world import on_rank0
 
 FORMAT = 2
+
+T = TypeVar("T")
 
 # bytes at which each copy of a tensor begins, a cache line
 ALIGNMENT = 64
@@ -179,6 +181,7 @@ class Saver:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         state = state | {
+            "time": time.time(),
             "gpt_config": dataclasses.asdict(self.model.config),
             "val_losses": {str(k): v for k, v in self.losses.items()},
         }
@@ -213,6 +216,21 @@ class Saver:
         self.log.write({"step": step, "save_ms": waited * 1e3, "write_ms": took * 1e3})
         say(f"step {step} | saved {path} | {took:.1f} s, of which training waited {waited:.2f} s")
         return True
+
+    def set_aside(self, since: float):
+        """Rename the checkpoints written since a time (time.time()): their data were wrong."""
+        self.wait()
+        renamed = []
+        try:
+            for path in steps(self.ckpt_dir):
+                if time_saved(path) >= since:
+                    renamed.append(rename_aside(path, WRONG_DATA).name)
+        except OSError as e:
+            say(f"checkpoints | not set aside: {one_line(e)}; hint: delete those since the damage")
+        what = ", ".join(renamed) or "no checkpoint"
+        say(
+            f"checkpoints | what was learned from the damaged shard is not saved; set aside: {what}"
+        )
 
     def prune(self):
         """Delete old checkpoints; what cannot be listed or deleted is left for the next time."""
@@ -294,9 +312,15 @@ def prune(ckpt_dir: Path, step: int, keep_last: int, best: int | None):
     """Delete all but the newest keep_last checkpoints up to the one at `step`, and the best one."""
     written = [path for path in steps(ckpt_dir) if step_of(path) <= step]
     for path in written[:-keep_last]:
-        if step_of(path) != best:
-            # what cannot be deleted stays, and is tried again next time
-            shutil.rmtree(path, ignore_errors=True)
+        if step_of(path) == best:
+            continue
+        # its name goes first, at once: nobody finds half a checkpoint
+        hidden = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            os.replace(path, hidden)
+        except OSError:
+            continue  # what cannot be deleted stays, and is tried again next time
+        remove(hidden)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -377,9 +401,12 @@ def need_space(ckpt_dir: Path, model: torch.nn.Module, keep_last: int):
         say(f"checkpoints | {ckpt_dir} does not say how much room it has")
         return
     if disk.free < missing * size:
+        aside = [path.name for path in sorted(ckpt_dir.glob("passed_over_*"))]
+        unused = f" (delete {', '.join(aside)}?)" if aside else ""
         raise UserError(
             f"{ckpt_dir} has {disk.free / 1e9:.2f} GB free, checkpoints need {missing} x "
-            f"{size / 1e9:.2f} GB; hint: make room, a lower --keep_last, or another --ckpt_dir"
+            f"{size / 1e9:.2f} GB; hint: make room{unused}, a lower --keep_last, or another "
+            "--ckpt_dir"
         )
 
 
@@ -395,6 +422,10 @@ def report(message: str):
 
 class Unreadable(UserError):
     """Something that is there and cannot be read: no damage, so nothing is renamed for it."""
+
+
+class Gone(UserError):
+    """A checkpoint that training has deleted since it was found."""
 
 
 def unreadable(path: Path, e: OSError) -> Unreadable:
@@ -428,7 +459,7 @@ def read_once(path: Path) -> Checkpoint:
         state = json.loads(regular_file(path / "state.json").read_text())
         if state["format"] != FORMAT:
             raise UserError(
-                f"{path} has checkpoint format {state['format']}, expected {FORMAT}; "
+                f"{path} has checkpoint format {state['format']!r}, expected {FORMAT}; "
                 "hint: use the version that wrote it"
             )
         if state["checksum"] != checksum(state):
@@ -436,6 +467,8 @@ def read_once(path: Path) -> Checkpoint:
                 f"{path / 'state.json'} is damaged: its checksum is another; "
                 "hint: --resume an older one"
             )
+        if type(state["step"]) is not int or "model.safetensors" not in state["sha256"]:
+            raise ValueError("state.json names no step, or no weights")
         if path.name.startswith("step_") and step_of(path) != state["step"]:
             raise UserError(
                 f"{path} holds step {state['step']}; hint: give the directory its own name back"
@@ -487,26 +520,29 @@ def newest(
     """Return the newest valid checkpoint for which check() raises no UserError; None without any.
 
     Damaged ones are reported and skipped; with rename_bad they are renamed, so that they are
-    neither pruned nor overwritten. Raises UserError when there are checkpoints and none is valid,
-    or one cannot be read: a run never starts again silently.
+    neither pruned nor overwritten. One that training deletes meanwhile is not missed. Raises
+    UserError when there are checkpoints and none is valid, or one cannot be read: a run never
+    starts again silently.
     """
-    bad, error = [], None
-    for path in reversed(steps(ckpt_dir)):
+    bad: dict[Path, str] = {}  # and why
+    error = None
+    while paths := [path for path in steps(ckpt_dir) if path not in bad]:
+        path, why = paths[-1], DAMAGED
         try:
             checkpoint = read(path)
+            why = FOREIGN
             if check:
                 check(checkpoint)
         except Unreadable:
             raise
         except UserError as e:
-            report(f"checkpoint skipped | {e}")
-            bad.append(path)
-            error = e
+            bad[path] = why
+            if path.exists():
+                report(f"checkpoint skipped | {e}")
+                error = e
             continue
         if rename_bad:
-            now = time.strftime("%Y%m%d-%H%M%S")
-            for other in bad:
-                os.replace(other, other.with_name(f"passed_over_{other.name}_{now}"))
+            pass_over(bad)
         return checkpoint
     if error is not None:
         raise UserError(
@@ -514,6 +550,59 @@ def newest(
             "or --run_name NEW starts again beside it"
         )
     return None
+
+
+# why a checkpoint is set aside, in its new name: passed_over_step_000100_damaged_20260131-235959
+DAMAGED, FOREIGN, WRONG_DATA = "damaged", "foreign", "wrong-data"
+
+
+def rename_aside(path: Path, why: str) -> Path:
+    """Rename a checkpoint, so that it is neither resumed from, nor pruned, nor overwritten."""
+    now = time.strftime("%Y%m%d-%H%M%S")
+    aside = path.with_name(f"passed_over_{path.name}_{why}_{now}")
+    os.replace(path, aside)
+    fsync(aside.parent)
+    return aside
+
+
+def pass_over(bad: dict[Path, str]):
+    """Rename invalid checkpoints; of damaged ones keep the newest alone. Raises UserError."""
+    for path, why in bad.items():
+        try:
+            rename_aside(path, why)
+        except FileNotFoundError:
+            continue
+        except OSError as e:
+            raise UserError(
+                f"{path} is {why} and cannot be renamed ({e.strerror}); "
+                f"hint: {remedy(e, path.parent)}"
+            ) from e
+        damaged = [aside for aside in path.parent.glob(f"passed_over_step_*_{DAMAGED}_*")]
+        for older in sorted(damaged, key=lambda aside: aside.name.split("_")[-1])[:-1]:
+            say(f"checkpoints | deleted {older}, a newer damaged one is kept")
+            remove(older)
+
+
+def of_wrong_data(ckpt_dir: Path) -> list[Path]:
+    """Return the checkpoints that were set aside because they had learned from a damaged shard."""
+    return sorted(ckpt_dir.glob(f"passed_over_step_*_{WRONG_DATA}_*"))
+
+
+def time_saved(path: Path) -> float:
+    """Return when the state of a checkpoint was taken, as time.time()."""
+    try:
+        return float(json.loads((path / "state.json").read_text())["time"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return path.stat().st_mtime  # a damaged one, or one of an older version
+
+
+def find_and(where: str | Path, use: Callable[[Checkpoint], T]) -> T:
+    """Return use(the newest checkpoint); when training deletes that meanwhile, of the next one."""
+    while True:
+        try:
+            return use(find(where))
+        except Gone:
+            continue
 
 
 def find(where: str | Path) -> Checkpoint:
@@ -525,25 +614,83 @@ def find(where: str | Path) -> Checkpoint:
     if os.path.exists(path / "state.json"):
         return read(path)
     for ckpt_dir in (path / "ckpt", path):
-        if steps(ckpt_dir):
-            return newest(ckpt_dir)
+        if checkpoint := newest(ckpt_dir):
+            return checkpoint
     raise UserError(
         f"no checkpoint in {where}; "
         "hint: a run directory (log/NAME), or a step_NNNNNN directory in it"
     )
 
 
+# types of weights that load into a model, as their file's header names them
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def weight_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a checkpoint's weights by name, from the header of their file alone.
+
+    Raises UserError for weights that are no floating-point numbers, and when it has no header.
+    """
+    path = checkpoint.path / "model.safetensors"
+    shapes = {}
+    try:
+        with safe_open(path, "pt") as f:
+            for name in f.keys():  # noqa: SIM118  it is no dictionary
+                weight = f.get_slice(name)
+                if weight.get_dtype() not in FLOATS:
+                    raise UserError(
+                        f"{path}: {name} has type {weight.get_dtype()}, expected one of "
+                        f"{', '.join(FLOATS)}; hint: another checkpoint"
+                    )
+                shapes[name] = tuple(weight.get_shape())
+    except (OSError, SafetensorError) as e:
+        raise not_loaded(path, e) from e
+    return shapes
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Load a file of tensors. Raises UserError when it cannot be, or holds NaN or infinity."""
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as e:
+        raise not_loaded(path, e) from e
+    for name, t in tensors.items():
+        if not is_finite(t):
+            raise UserError(f"{path}: {name} is NaN or infinite; hint: an older checkpoint")
+    return tensors
+
+
+def not_loaded(path: Path, e: Exception) -> UserError:
+    """Return what an error of loading a file of tensors means."""
+    if isinstance(e, ABSENT):
+        return Gone(f"{path} is gone; hint: the same command again finds a newer checkpoint")
+    if isinstance(e, OSError):
+        return unreadable(path, e)
+    return UserError(f"{path} is no file of tensors ({one_line(e)}); hint: another checkpoint")
+
+
 def load_weights(checkpoint: Checkpoint, model: torch.nn.Module):
     """Load a checkpoint's weights into a model. Raises UserError where the shapes differ."""
     try:
-        model.load_state_dict(load_file(checkpoint.path / "model.safetensors"))
-    except OSError as e:
-        raise unreadable(checkpoint.path / "model.safetensors", e) from e
-    except (RuntimeError, SafetensorError) as e:
+        model.load_state_dict(load_tensors(checkpoint.path / "model.safetensors"))
+    except RuntimeError as e:
         raise UserError(
             f"{checkpoint.path} does not fit this model: {one_line(e)}; "
             "hint: same model settings as in its state.json"
         ) from e
+
+
+def load_moments(path: Path, parameters: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Load an optimizer's moments. Raises UserError for one that fits no parameter."""
+    moments = load_tensors(path)
+    for key, value in moments.items():
+        parameter = parameters.get(key.rpartition(".")[0])
+        if parameter is None or value.shape not in (parameter.shape, torch.Size()):
+            raise UserError(
+                f"{path} does not fit this model: {key} {tuple(value.shape)}; "
+                "hint: same model settings as in its state.json"
+            )
+    return moments
 
 
 def restore(checkpoint: Checkpoint, model: torch.nn.Module, optimizer=None):
@@ -557,7 +704,7 @@ def restore(checkpoint: Checkpoint, model: torch.nn.Module, optimizer=None):
     def read_tensors():
         load_weights(checkpoint, model)
         if optimizer:
-            moments.update(load_file(checkpoint.path / "optimizer.safetensors"))
+            moments.update(load_moments(checkpoint.path / "optimizer.safetensors", parameters))
         return [(key, value.shape, value.dtype) for key, value in moments.items()]
 
     for key, shape, dtype in on_rank0(read_tensors):

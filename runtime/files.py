@@ -61,8 +61,11 @@ def is_running(pid: int) -> bool:
 
 
 def remove(path: Path):
-    """Delete a file or a directory, as far as it can be deleted; nothing when it does not exist."""
-    if path.is_dir():
+    """Delete a file or a directory, as far as it can be deleted; nothing when it does not exist.
+
+    Of a link, what it points to stays.
+    """
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

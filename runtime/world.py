@@ -187,6 +187,15 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def least_over_ranks(value: float) -> float:
+    """Return the smallest value of all ranks."""
+    if not dist.is_initialized():
+        return value
+    least = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    return least.item()
+
+
 def on_rank0(make: Callable):
     """Run make() on rank 0 and return its result on every rank; a UserError in it ends all."""
     result, error = None, None

@@ -805,13 +805,17 @@ def spoil(shard: Path, how: str):
     ],
 )
 def test_a_shard_that_goes_bad_is_named(whole, root, train, tmp_path, how, words):
-    """The run stops with a checkpoint; with the shard restored it ends the same."""
+    """The run stops; with the shard restored it ends the same.
+
+    It saves what it has learned while the file was only gone; what it may have learned from another
+    one is no checkpoint.
+    """
     shard = root / "data_train_000001.npy"
     valid = shard.read_bytes()
     with at_step(lambda step: spoil(shard, how), only=12):
         with pytest.raises(UserError, match=f"data_train_000001.npy {words}.*hint"):
             train("r", "--data_root", root)
-    assert saved_steps(tmp_path / "r")[-1] in (12, 13)
+    assert saved_steps(tmp_path / "r") in ([[12], [13]] if how == "gone" else [[]])
     shard.write_bytes(valid)
     assert train("r", "--data_root", root)[0] == 0
     assert_equal(tmp_path / "r", whole)
