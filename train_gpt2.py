@@ -14,8 +14,7 @@ See what would run: --dry_run True. When NCCL hangs (no peer-to-peer copies): NC
 Exit status: 0 done; 2 a mistake by the user; 75 stopped by a signal (SIGTERM, SIGINT, SIGUSR1,
 SIGHUP) with a checkpoint; anything else is a bug.
 
-Everything that a run writes is in log/RUN_NAME/: config.json, env.json, metrics.jsonl, samples.txt,
-curves.png, ckpt/, and, written last, finished.json.
+Everything that a run writes is in log/RUN_NAME/ (notes/running.md); finished.json marks success.
 """
 
 import sys
@@ -191,7 +190,7 @@ def run_stages(cfg: TrainConfig, world: World, stop: Stop) -> Result:
     cfg, resume_from = records.resume_point(given)
     trains = not (cfg.eval_only or cfg.dry_run)
     if trains and resume_from and resume_from.step == cfg.max_steps:
-        # rank 0 looks: other machines need not have the run directory
+        # rank 0 looks: others need not have the run directory
         val_loss = on_rank0(lambda: records.finished_loss(cfg))
         if val_loss is not None:
             return already_finished(cfg, resume_from, val_loss, world)
@@ -291,6 +290,7 @@ def set_up(
     if dist.is_initialized() and not cfg.deterministic:  # which sums gradients itself, in order
         ddp = DDP(train_model, [world.device] if world.device.type == "cuda" else None)
         train_model = ddp
+    cfg = dataclasses.replace(cfg, use_compile=compute.compiled)
     if cfg.B == "auto":
         # to be allocated later: AdamW's moments, unless restored, and DDP's buckets
         copies = (0 if resume_from else 2) + dist.is_initialized()
@@ -299,7 +299,6 @@ def set_up(
         with stop.compiling():
             B = fit_batch(cfg, model, train_model, compute, reserved, world)
         cfg = dataclasses.replace(cfg, B=B)
-    cfg = dataclasses.replace(cfg, use_compile=compute.compiled)
     micro_steps = split_batch(cfg, world)
     evaluate = Evaluator(cfg, model, data.val, compute, world, stop)
     start_step = resume_from.step if resume_from else 0
@@ -341,7 +340,7 @@ def split_batch(cfg: TrainConfig, world: World) -> int:
 
 
 def warm_up(run: Run):
-    """Compile the kernels in a pass on made-up tokens: the first step is then timed like others."""
+    """Compile the kernels in a pass on made-up tokens: the first step is timed like others."""
     if run.compute.compiled:
         say("warm-up | compiling, once: about 20 s on a CPU, a minute or two on a GPU")
     started = time.perf_counter()
@@ -358,7 +357,7 @@ def finish(run: Run, step: int, finished: bool) -> Result:
     run.stop.stop_watching()  # nothing below calls poll()
     run.loader.close()
     saved = run.records.close_checkpoints()
-    # all wait until rank 0 has written the checkpoint: when one exits, torchrun kills the others
+    # all wait until rank 0 has written: when one exits, torchrun kills the others
     run.stop.share_error()
     run.records.close(finished and saved)
     cfg = run.cfg

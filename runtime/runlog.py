@@ -1,5 +1,6 @@
 """What a run logs: metrics.jsonl, its environment, Weights & Biases."""
 
+import atexit
 import dataclasses
 import fcntl
 import json
@@ -256,6 +257,7 @@ class Wandb:
         except Exception as e:  # wandb has many
             if not self.abandoned:
                 say(f"wandb | off from here: {one_line(e)}; hint: --wandb offline, `wandb sync`")
+            atexit.register(end_wandb_service)
 
     def close(self, seconds: float):
         """Wait until everything is sent, but not longer than `seconds`."""
@@ -263,6 +265,8 @@ class Wandb:
         if self.thread.is_alive():
             self.thread.join(seconds)
         self.abandoned = self.thread.is_alive()
+        if self.abandoned:
+            atexit.register(end_wandb_service)
         if self.abandoned and seconds:
             say(
                 f"wandb | not everything was sent within {seconds:g} s; "
@@ -276,6 +280,18 @@ def wandb_configured() -> bool:
         return True
     netrc = os.environ.get("NETRC") or os.path.expanduser("~/.netrc")
     return os.path.isfile(netrc)
+
+
+def end_wandb_service():
+    """End wandb's own process, for which it else waits at exit: a minute without a network."""
+    try:
+        from wandb.sdk import wandb_setup
+
+        service = wandb_setup.singleton()._connection
+        service._proc._process.kill()
+        service._cleanup()  # removes wandb's own function from what is called at exit
+    except Exception:  # private names: in another version the process ends later
+        pass
 
 
 def urlopen_once(url: str):

@@ -97,7 +97,8 @@ def launched_as() -> tuple[int, int]:
         return 0, 1
     if missing:
         raise UserError(
-            f"of torchrun's variables {', '.join(there)} are set, {', '.join(missing)} are not; "
+            f"torchrun's variables are incomplete: {', '.join(there)} set, "
+            f"{', '.join(missing)} not; "
             f"hint: unset {' '.join(there)}, or torchrun --nproc_per_node=N in place of python"
         )
     rank, world_size = whole_number("RANK"), whole_number("WORLD_SIZE", least=1)

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 
+import matplotlib
 import numpy as np
 import pytest
 from conftest import ROOT, run
@@ -223,6 +225,19 @@ def test_one_run_alone_gets_its_curves_again(make, tmp_path, capsys):
     assert capsys.readouterr().out == f"picture | {tmp_path / 'a' / 'curves.png'}\n"
 
 
+def test_a_picture_that_fails_leaves_the_table(make, tmp_path, monkeypatch, capsys):
+    """Whatever matplotlib raises, here RuntimeError: TeX is wanted and not installed."""
+    if shutil.which("latex"):
+        pytest.skip("needs a machine without LaTeX")
+    monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)
+    a, b = make("a", "gpt2-baseline", 5.0), make("b", "gpt2-rope", 4.0)
+    show(tmp_path, a, b)
+    out = capsys.readouterr().out
+    assert len(rows(out)) == 2 and "picture | not drawn: RuntimeError" in out
+    show(tmp_path, a)
+    assert capsys.readouterr().out.startswith("picture | not drawn: RuntimeError")
+
+
 @pytest.mark.parametrize(
     "steps", ["", '{"step": 0, "val/loss": NaN}\n{"step": 1, "train/loss": 5}\n']
 )
@@ -272,6 +287,7 @@ def test_mistakes_are_one_line(make, tmp_path):
     for args, words in (
         (Comparison(), "no run to compare"),
         (Comparison(runs, out="/no/p.png"), "cannot write /no/p.png"),
+        (Comparison(runs, out="p.txt"), "cannot write p.txt: its ending is none of"),
         (Comparison(runs, reference=empty), "is not a run"),
         (Comparison((str(PUBLISHED),), x="time"), "has no times of its steps"),
         (Comparison((make("c", "gpt2-rope", 5.0, steps=0),)), "0 steps and 1 evaluations"),

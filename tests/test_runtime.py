@@ -6,25 +6,28 @@ Interrupted and resumed runs are in test_train.py and test_faults.py.
 """
 
 import contextlib
+import http.server
 import io
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from typing import Literal
 
 import pytest
 import torch
 import tyro
-from conftest import ROOT
+from conftest import ROOT, run
 from test_shards import world
 
 from config import preset
 from model import GPT, GPTConfig
 from optim import build
-from runtime import command_line
+from runtime import cgroup, command_line, runlog
+from runtime import world as world_module
 from runtime.checkpoint import Saver, find
 from runtime.command_line import PathText, UserError, near, one_line, say
 from runtime.device import (
@@ -438,6 +441,313 @@ def test_out_of_memory_is_told_from_other_errors():
     assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert out_of_memory(MemoryError())
     assert not out_of_memory(RuntimeError("shapes differ"))
+
+
+# --------------------------------------------------------------------------------------------------
+# launchers
+
+
+@pytest.fixture
+def no_launcher(monkeypatch):
+    for name in (*world_module.LAUNCHER, "LOCAL_RANK", *world_module.COPIES.values()):
+        monkeypatch.delenv(name, raising=False)
+
+
+WHOLE = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+EMPTY = {"RANK": "", "WORLD_SIZE": ""}
+
+
+@pytest.mark.usefixtures("no_launcher")
+@pytest.mark.parametrize(
+    "variables, expected",
+    [(WHOLE, (1, 4)), ({}, (0, 1)), (EMPTY, (0, 1)), ({"MASTER_ADDR": "10.0.0.1"}, (0, 1))],
+)
+def test_torchruns_variables_count_as_a_whole(monkeypatch, variables, expected):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert world_module.launched_as() == expected
+
+
+@pytest.mark.usefixtures("no_launcher")
+@pytest.mark.parametrize(
+    "variables, words",
+    [
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE set, RANK, MASTER_ADDR, MASTER_PORT not"),
+        ({"RANK": "0"}, "RANK set, WORLD_SIZE, MASTER_ADDR, MASTER_PORT not"),
+        (WHOLE | {"MASTER_PORT": ""}, "MASTER_ADDR set, MASTER_PORT not"),
+        (WHOLE | {"RANK": "4"}, "RANK is 4 of WORLD_SIZE 4"),
+        (WHOLE | {"RANK": "-1"}, "RANK is '-1'"),
+        (WHOLE | {"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
+        (WHOLE | {"MASTER_PORT": "x"}, "MASTER_PORT is 'x'"),
+    ],
+)
+def test_a_part_of_torchruns_variables_is_refused(monkeypatch, variables, words):
+    """Another launcher's, or an old export: neither one process nor several is what was meant."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"{words}.*hint: "):
+        world_module.launched_as()
+
+
+@pytest.mark.usefixtures("no_launcher")
+@pytest.mark.parametrize("name", world_module.COPIES.values())
+def test_copies_of_another_launcher_are_reported(monkeypatch, capsys, name):
+    """Only where there are several of them."""
+    monkeypatch.setenv(name, "1")
+    assert world_module.launched_as() == (0, 1)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setenv(name, "4")
+    assert world_module.launched_as() == (0, 1)
+    assert "started 4 copies" in capsys.readouterr().out
+
+
+MEET = """
+from runtime.command_line import run_script
+from runtime.world import join_world
+run_script(lambda: join_world("cpu", timeout=1))
+"""
+
+
+def test_waiting_for_peers_ends_in_one_line():
+    port = str(20000 + os.getpid() % 10000)
+    env = WHOLE | {"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    done = run("-c", MEET, env=env)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert f"waited 1 s for 3 other processes at 127.0.0.1:{port}" in done.stderr
+    assert "hint: " in done.stderr
+
+
+FAILING = """
+import sys, time
+sys.path.insert(0, {root!r})
+from runtime.command_line import UserError, rank, run_script
+
+def main():
+    if rank() in sys.argv[1:]:
+        raise UserError(f"no shard at {{rank()}}; hint: copy it")
+    time.sleep(60)
+
+run_script(main)
+"""
+
+
+@pytest.mark.parametrize(
+    "failing, last",
+    [("0", "error: no shard at 0"), ("1", "error (rank 1): no shard at 1"), ("0 1", "error: no")],
+)
+def test_the_last_line_is_the_error_of_any_rank(tmp_path, failing, last):
+    """Below torchrun's own report; once, and rank 0's when several have one."""
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING.format(root=str(ROOT)))
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = run(*command, script, *failing.split())
+    lines = done.stderr.strip().splitlines()
+    assert lines[-1].startswith(last), done.stderr
+    report = next(i for i, line in enumerate(lines) if "ChildFailedError" in line)
+    assert sum("no shard" in line for line in lines[report:]) == 1
+
+
+SHARING = """
+import sys
+sys.path.insert(0, {root!r})
+from runtime.command_line import UserError
+from runtime.stop import Stop
+from runtime.world import join_world
+
+world = join_world("cpu")
+stop = Stop(world, timeout=60)
+if world.rank == 1:
+    stop.ask(UserError("a shard was cut"))
+stop.share_error()
+stop.close()
+print(f"{{world.rank}}: {{stop.error}}")
+"""
+
+
+def test_an_error_of_one_rank_is_the_error_of_all(tmp_path):
+    """Else the others would end with the status of an interruption, which is tried again."""
+    script = tmp_path / "sharing.py"
+    script.write_text(SHARING.format(root=str(ROOT)))
+    done = run(script, nproc=2)
+    for rank in range(2):
+        assert f"{rank}: on rank 1: a shard was cut" in done.stdout, done.stderr
+
+
+# --------------------------------------------------------------------------------------------------
+# what does not stop a run: diagnostics, Weights & Biases
+
+
+@pytest.mark.parametrize("git", ["exit 1", "exec no-such-program", "printf '\\377\\n'"])
+def test_an_odd_git_is_no_error(tmp_path, monkeypatch, git):
+    (tmp_path / "git").write_text(f"#!/bin/sh\n{git}\n")
+    (tmp_path / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.setattr(runlog, "REPOSITORY", tmp_path)
+    (tmp_path / ".git").mkdir()
+    machine = runlog.environment(torch.device("cpu"), 1)
+    assert machine["commit"] == "" and machine["torch"] == torch.__version__
+
+
+KEY = "0123456789abcdef0123456789abcdef01234567"
+SENDING = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import config
+from runtime.runlog import Wandb
+
+wandb = Wandb(config.preset("shakespeare", wandb=sys.argv[3]), None, Path(sys.argv[2]))
+wandb.queue.put({"step": 1, "train/loss": 5.0})
+if wandb.thread.is_alive():
+    wandb.thread.join(4)
+started = time.monotonic()
+wandb.close(1)
+assert time.monotonic() - started < 2
+"""
+
+
+@pytest.fixture
+def wandb_server():
+    """A server that accepts every connection and fails every request; counts them."""
+    requests = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def answer(self):
+            requests.append(self.path)
+            self.send_error(404)
+
+        do_GET = do_POST = answer  # noqa: N815
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.requests = requests
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+@pytest.fixture
+def send(tmp_path, monkeypatch):
+    """send("auto", **variables) logs a record to W&B: what it left in the run's directory, output.
+
+    In a process of its own, of a user whose home is empty.
+    """
+    pytest.importorskip("wandb")
+    for name in [name for name in os.environ if name.startswith("WANDB_") or name == "NETRC"]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def send(choice, **variables):
+        done = run("-c", SENDING, ROOT, tmp_path, choice, env=variables)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+        folder = tmp_path / "wandb"
+        return [p.name for p in folder.glob("*run-*")], done.stdout
+
+    return send
+
+
+def test_wandb_auto_follows_wandb_login(send, tmp_path, wandb_server):
+    """The key of the server that W&B is set to, be it a server of one's own, and no other one's."""
+    assert send("auto") == ([], "")
+    other = f"machine api.example.com login user password {KEY}\n"
+    (tmp_path / ".netrc").write_text(other)
+    assert send("auto", WANDB_BASE_URL=wandb_server.url) == ([], "")
+    assert wandb_server.requests == []
+    login = ["login", "--no-verify", "--host", wandb_server.url, KEY]
+    assert run("-m", "wandb", *login).returncode == 0
+    _, out = send("auto")
+    assert "/graphql" in wandb_server.requests and "wandb | off from here" in out
+
+
+@pytest.mark.parametrize(
+    "choice, mode, starts, says",
+    [
+        ("auto", "disabled", "", ""),
+        ("auto", "offline", "offline-run", "wandb | offline"),
+        ("online", "offline", "run", "wandb | off from here"),
+        ("off", "online", "", ""),
+    ],
+)
+def test_wandb_auto_follows_wandb_mode(send, wandb_server, choice, mode, starts, says):
+    """A choice on the command line wins over the environment."""
+    variables = dict(WANDB_MODE=mode, WANDB_API_KEY=KEY, WANDB_BASE_URL=wandb_server.url)
+    names, out = send(choice, **variables)
+    assert len(names) == bool(starts) and all(name.startswith(starts) for name in names)
+    assert out.startswith(says) and bool(out) == bool(says)
+
+
+def test_without_a_network_wandb_ends_before_the_run(send):
+    """At once, in one line, and without a process of its own: see also test_faults.py."""
+    started = time.monotonic()
+    names, out = send("online", WANDB_API_KEY=KEY, WANDB_BASE_URL="http://127.0.0.1:9")
+    assert names == [] and out.startswith("wandb | off from here: URLError")
+    assert time.monotonic() - started < 20
+
+
+# --------------------------------------------------------------------------------------------------
+# limits of containers
+
+
+def test_memory_limits_count_at_every_level(tmp_path):
+    """Of version 2: Slurm and systemd set them above the group of the process."""
+    files = {
+        "job/memory.max": "1000\n",
+        "job/memory.current": "300\n",
+        "job/memory.stat": "anon 200\ninactive_file 100\n",
+        "job/step/memory.max": "max\n",
+        "job/step/memory.current": "300\n",
+        "memory.current": "9000\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    folders = cgroup.control_groups("memory", tmp_path, "0::/job/step\n")
+    assert cgroup.memory_left(folders) == 800  # what caches files can be freed
+    (tmp_path / "job" / "memory.max").write_text("max\n")
+    assert cgroup.memory_left(folders) is None
+
+
+@pytest.mark.parametrize("path", ["/job", "/", "/outside/of/this/container", "//job", "/../.."])
+def test_memory_limits_of_version_1(tmp_path, path):
+    """Where a container lists a path that exists outside only, the root of its tree counts."""
+    for folder in (tmp_path / "memory", tmp_path / "memory" / "job"):
+        folder.mkdir(parents=True)
+        (folder / "memory.limit_in_bytes").write_text("5000\n")
+        (folder / "memory.usage_in_bytes").write_text("1000\n")
+        (folder / "memory.stat").write_text("inactive_file 7\ntotal_inactive_file 50\n")
+    listing = f"5:memory,hugetlb:{path}\n3:cpu,cpuacct:/x\n0::/\n1:name=systemd:/\n"
+    assert cgroup.memory_left(cgroup.control_groups("memory", tmp_path, listing)) == 4050
+
+
+def test_the_least_quota_of_cpus_counts(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "cpu.max").write_text("250000 100000\n")
+    (tmp_path / "a" / "b" / "cpu.max").write_text("max 100000\n")
+    assert cgroup.cpu_quota(cgroup.control_groups("cpu", tmp_path, "0::/a/b\n")) == 2.5
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("-1\n")
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    folders = cgroup.control_groups("cpu", tmp_path, "2:cpu:/\n")
+    assert folders == [tmp_path / "cpu"] and cgroup.cpu_quota(folders) is None
+
+
+@pytest.mark.parametrize("quota, threads", [(None, 8), (1.5, 2), (64.0, 8)])
+def test_threads_follow_the_quota_of_cpus(monkeypatch, capsys, quota, threads):
+    """Unless OMP_NUM_THREADS is given."""
+    monkeypatch.setattr(world_module, "cpu_quota", lambda folders: quota)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    with torch_settings_restored():
+        torch.set_num_threads(8)
+        world_module.limit_threads()
+        assert torch.get_num_threads() == threads
+        assert ("threads | 2 of 8" in capsys.readouterr().out) == (threads == 2)
+        torch.set_num_threads(8)
+        monkeypatch.setenv("OMP_NUM_THREADS", "8")
+        world_module.limit_threads()
+        assert torch.get_num_threads() == 8
 
 
 # --------------------------------------------------------------------------------------------------

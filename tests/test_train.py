@@ -27,6 +27,8 @@ from conftest import (
     write_shards,
 )
 
+import compare
+import generate
 import hf
 import train_gpt2
 from config import PRESETS, TrainConfig, from_command_line, preset
@@ -469,6 +471,57 @@ def test_a_missing_git_is_no_error(train, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     train("gpt2-rope --max_steps 1")
     assert json.loads((tmp_path / "r" / "env.json").read_text())["commit"] == ""
+
+
+def test_a_picture_that_fails_leaves_the_run_finished(train, tmp_path, monkeypatch):
+    """Whatever matplotlib raises, here RuntimeError: TeX is wanted and not installed."""
+    if shutil.which("latex"):
+        pytest.skip("needs a machine without LaTeX")
+    monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)
+    _, out = train("gpt2-rope --max_steps 2")
+    assert "curves | not drawn: RuntimeError" in out
+    assert (tmp_path / "r" / "finished.json").exists()
+
+
+def test_the_mark_of_success_comes_before_what_is_optional(train, tmp_path, monkeypatch):
+    """The last picture and W&B's last words: each may take long, and fail."""
+    finished = []
+
+    def note(*args):
+        finished.append((tmp_path / "r" / "finished.json").exists())
+
+    monkeypatch.setattr(compare, "curves", note)
+    monkeypatch.setattr(RunLog, "close_wandb", note)
+    train("gpt2-rope --max_steps 2")
+    assert finished == [False, False, True, True]  # two evaluations, then the end
+
+
+def test_a_prompt_that_is_not_utf8_is_written_with_a_replacement(train, tmp_path):
+    """A Latin-1 terminal: Python passes the byte on as half a surrogate pair."""
+    size = "--vocab_size 50304 --n_samples 1 --sample_tokens 2"
+    train(
+        f"gpt2-rope --max_steps 1 {size} --sample_prompt",
+        b"caf\xe9".decode(errors="surrogateescape"),
+    )
+    assert (tmp_path / "r" / "samples.txt").read_text("utf-8").splitlines()[1].startswith("caf?")
+
+
+def test_samples_that_cannot_be_drawn_stop_nothing(train, monkeypatch):
+    def fail(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(generate, "sample_texts", fail)
+    _, out = train("gpt2-rope --max_steps 1 --vocab_size 50304 --n_samples 1")
+    assert "step 1 | no samples: OutOfMemoryError" in out and "finished" in out
+
+
+def test_other_tokens_than_gpt2s_have_no_bits_per_byte_and_no_hellaswag(train):
+    """A vocabulary of 512 ids: their bytes are unknown, and HellaSwag's ids do not exist."""
+    records, out = train("gpt2-rope --max_steps 1 --hellaswag_limit 8")
+    evaluations = [r for r in records if "val/loss" in r]
+    assert [r["val/bpb"] for r in evaluations] == [None, None]
+    assert "bits per byte" not in out and not any("val/hella_norm" in r for r in evaluations)
+    assert out.count("hellaswag | skipped: it needs GPT-2's 50,257 tokens, the model has 512") == 1
 
 
 def test_dry_run_writes_nothing(train, tmp_path):
