@@ -533,7 +533,7 @@ def refuse_other_text(job: Job, i: int, entry: dict, source: str):
     same_start = first.startswith(tokenizer.gpt2().decode_bytes(start))
     if not same_start or counts["documents"] != entry["documents"]:
         raise UserError(
-            f"{job.out} has no valid manifest.json, and its shards ({entry['shards'][0]} and so on, "
+            f"{job.out} has no valid manifest.json, and its shards ({entry['shards'][0]} and more, "
             f"{entry['documents']:,} documents) are not those of {entry['name']} "
             f"({counts['documents']:,}); hint: settings and files as before, or another --out"
         )
