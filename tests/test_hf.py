@@ -554,14 +554,14 @@ def test_the_tokenizer_is_ours(exported):
 
 
 def test_what_other_programs_read(exported):
-    """llama.cpp's converter: the context by GPT-2's older name, an architecture that it knows.
-
-    Of the hidden_size family it reads hidden_size, num_hidden_layers, max_position_embeddings, ...
-    (no rotary base other than 10,000 is needed).
-    """
+    """Their names for the shape: llama.cpp's converter reads n_ctx, GPT-2's older name."""
     config = transformers.AutoConfig.from_pretrained(exported[1]).to_dict()
     if config["model_type"] == "gpt2":
         assert config["n_ctx"] == config["n_positions"] == 24
+    else:
+        assert config["max_position_embeddings"] == 24
+        assert config["num_key_value_heads"] == config["num_attention_heads"] == 4
+        assert config["rope_parameters"]["rope_theta"] == 10000
 
 
 def test_batches_are_as_single_prompts(exported):

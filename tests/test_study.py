@@ -59,7 +59,8 @@ def test_the_size_is_what_it_says():
 
 def test_full_is_the_preset_as_it_is():
     (cfg,) = settings(Study(("gpt2-rope",), scale="full", data_root="data/x"))
-    changes = dict(run_name=cfg.run_name, log_dir="log/study", seed=1, data_seed=1)
+    rate = config.preset("gpt2-rope").max_lr
+    changes = dict(run_name=cfg.run_name, log_dir="log/study", seed=1, data_seed=1, max_lr=rate)
     assert cfg == config.preset("gpt2-rope", data_root="data/x", **changes)
 
 
