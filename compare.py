@@ -70,8 +70,8 @@ class LoggedRun:
 
     @property
     def loss(self) -> float:
-        """The final validation loss."""
-        return self.evaluations[-1]["val/loss"]
+        """The final validation loss; null stands for NaN."""
+        return float(self.val[-1, 1])
 
     @property
     def tokens(self) -> np.ndarray:

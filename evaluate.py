@@ -17,6 +17,7 @@ from config import TrainConfig
 from model import GPT
 from runtime.command_line import UserError, one_line, say
 from runtime.device import Compute
+from runtime.runlog import sample_text
 from runtime.stop import Stop
 from runtime.world import World, sum_over_ranks
 from tokenizer import N_VOCAB, token_bytes
@@ -131,7 +132,7 @@ class Evaluator:
         written = ""
         for i, text in enumerate(texts):
             say(f"step {step} | sample {i} | {shortened(text)}")
-            written += f"=== step {step}, sample {i}\n{text}\n"
+            written += sample_text(step, i, text)
         try:
             with open(cfg.run_dir / "samples.txt", "a", encoding="utf-8", errors="replace") as f:
                 f.write(written)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -234,20 +235,42 @@ NOT_NEGATIVE = (
 ).split()
 
 
+# far beyond what anybody trains, and below what would never end or not be a number any more
+LARGEST = dict.fromkeys(("n_layer", "n_head", "n_embd", "B"), 2**20)
+LARGEST |= dict.fromkeys(("vocab_size", "total_batch", "T"), 2**31)
+LARGEST |= {"seed": 2**40, "data_seed": 2**63}
+LONGEST_NAME = 200  # bytes: most file systems take 255
+
+
 def out_of_range(cfg: TrainConfig) -> list[str]:
     wrong = []
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            wrong.append(f"{field.name} is {value}, must be finite; hint: --{field.name}")
+    for name, largest in LARGEST.items():
+        value = getattr(cfg, name)
+        if value != "auto" and abs(value) > largest:
+            wrong.append(f"{name} is {value}, must not exceed {largest}; hint: --{name}")
     for name in POSITIVE:
         value = getattr(cfg, name)
-        if value != "auto" and not value > 0:
+        if value != "auto" and value <= 0:
             wrong.append(f"{name} is {value}, must be above 0; hint: --{name}")
     for name in NOT_NEGATIVE:
         value = getattr(cfg, name)
-        if not value >= 0:
+        if value < 0:
             wrong.append(f"{name} is {value}, must not be negative; hint: --{name}")
-    if not all(0 <= beta < 1 for beta in cfg.betas):
+    if any(beta < 0 or beta >= 1 for beta in cfg.betas):
         wrong.append(f"betas are {cfg.betas}, each must be in [0, 1); hint: --betas 0.9 0.95")
     if cfg.epochs is not None and not 0 < cfg.epochs < float("inf"):
         wrong.append(f"epochs is {cfg.epochs}, must be a number above 0; hint: --epochs 1")
+    size = len(cfg.run_name.encode(errors="surrogateescape"))
+    if size > LONGEST_NAME or not cfg.run_name.isprintable():
+        wrong.append(
+            f"run_name {cfg.run_name[:40]!r} has {size} bytes, must be at most {LONGEST_NAME} "
+            "printable ones; hint: --run_name"
+        )
     if "/" in cfg.run_name or cfg.run_name in (".", ".."):
         wrong.append(
             f"run_name {cfg.run_name!r} must be a plain name; hint: --log_dir sets the place"
@@ -260,10 +283,11 @@ def batch_problems(cfg: TrainConfig, world_size: int) -> list[str]:
     B = 1 if cfg.B == "auto" else cfg.B
     tokens = B * cfg.T * world_size  # in one micro-step of all processes
     if cfg.total_batch % tokens:
-        fitting = [b for b in range(1, B + 1) if cfg.total_batch % (b * cfg.T * world_size) == 0]
+        fitting = (b for b in range(B, 0, -1) if cfg.total_batch % (b * cfg.T * world_size) == 0)
+        largest = next(fitting, None)
         fix = f"--total_batch {max(1, round(cfg.total_batch / tokens)) * tokens}"
-        if fitting:
-            fix = f"--B {fitting[-1]}"
+        if largest:
+            fix = f"--B {largest}"
         wrong.append(
             f"total_batch {cfg.total_batch} is not a multiple of B x T x processes = {B} x {cfg.T} "
             f"x {world_size} = {tokens}; hint: {fix}"

@@ -18,7 +18,7 @@ import evaluate
 import hf
 import shard_files
 import shards
-from config import FREE_ON_RESUME, TrainConfig, differences
+from config import FREE_ON_RESUME, TrainConfig, as_stored, differences
 from model import GPT
 from runtime import checkpoint
 from runtime.checkpoint import Checkpoint
@@ -26,8 +26,15 @@ from runtime.command_line import UserError, one_line, say
 from runtime.device import attention_backend, autocast_dtype
 from runtime.files import make_directory, remedy, write_json
 from runtime.meter import Meter, duration
-from runtime.runlog import WANDB_END_SECONDS, RunLog, Wandb, environment
-from runtime.stop import Stop
+from runtime.runlog import (
+    WANDB_END_SECONDS,
+    RunLog,
+    Wandb,
+    add_part,
+    environment,
+    read_metrics,
+)
+from runtime.stop import Diverged, Stop
 from runtime.world import World, least_over_ranks, on_rank0
 from shard_files import DamagedShard
 
@@ -54,6 +61,9 @@ class Records:
         self.fingerprint = shard_files.fingerprints(loader.windows.shards)[-1]
         self.val_loss: float | None = None  # of the last evaluation
         self.bigram: float | None = None  # loss of the bigram model
+        state = resume_from.state if resume_from else {}
+        self.kept_lines = state.get("unwritten", [])  # of metrics.jsonl, on rank 0
+        skipped = state.get("skipped_in_a_row", 0)
         self.log = RunLog()
         self.lock = None  # of the checkpoint directory, on rank 0
         self.saver = None
@@ -70,7 +80,7 @@ class Records:
             losses = resume_from.state["val_losses"]
             self.saver.losses = {int(step): loss for step, loss in losses.items()}
             self.saver.last_saved = resume_from.path.name
-        self.meter = Meter(cfg, model.flops_per_token(cfg.T), world, self.log)
+        self.meter = Meter(cfg, model.flops_per_token(cfg.T), world, self.log, skipped)
 
     def open(self):
         """Make the directories, write config.json and env.json, open the log (rank 0).
@@ -83,10 +93,10 @@ class Records:
         self.lock = checkpoint.open_directory(cfg, self.model, self.start_step)
         try:
             make_directory(cfg.run_dir)
-            self.log.open(cfg.run_dir, self.start_step)
+            self.log.open(cfg.run_dir, self.start_step, self.kept_lines)
             (cfg.run_dir / "finished.json").unlink(missing_ok=True)
             write_json(cfg.run_dir / "config.json", dataclasses.asdict(cfg))
-            write_json(cfg.run_dir / "env.json", machine)
+            self.write_environment(machine)
         except OSError as e:
             raise UserError(
                 f"cannot write to {cfg.run_dir}: {one_line(e)}; "
@@ -100,8 +110,20 @@ class Records:
         if self.lock:
             self.lock.close()
 
+    def write_environment(self, machine: dict):
+        """Write env.json, with what computed the parts of the run before this one."""
+        path = self.cfg.run_dir / "env.json"
+        try:
+            earlier = json.loads(path.read_text()) if self.start_step else None
+        except (OSError, ValueError):
+            earlier = None
+        content, changes = add_part(earlier, machine, self.start_step)
+        write_json(path, content)
+        if changes:
+            say(f"resume | computes otherwise than before, the last digits may differ: {changes}")
+
     def machine(self) -> dict:
-        """Return env.json: what computes this run."""
+        """Return what computes this run, for env.json."""
         device = self.world.device
         dtype = autocast_dtype(device, self.cfg.dtype)
         head_width = self.model.config.n_embd // self.model.config.n_head
@@ -109,24 +131,39 @@ class Records:
             "dtype": str(dtype).removeprefix("torch."),
             "compiled": self.cfg.use_compile,
             "attention": attention_backend(device, dtype, head_width),
+            "B": self.cfg.B,
+            "config": as_stored(self.cfg),
         }
 
     def state(self) -> dict:
         """Return what state.json holds beside what the checkpoint itself adds."""
-        return {
+        state = {
             "config": dataclasses.asdict(self.cfg),
             "data": self.fingerprint,
             "wandb_id": self.log.wandb.id,
         }
+        lines, skipped = self.log.pending(), self.meter.skipped_in_a_row
+        if lines:  # of metrics.jsonl: with the checkpoint they outlive this process
+            state["unwritten"] = lines
+        if skipped:
+            state["skipped_in_a_row"] = skipped
+        return state
 
     def save_due(self) -> bool:
         """Tell whether --save_minutes have passed since the last checkpoint."""
         return self.saver is not None and self.saver.due()
 
     def save(self, step: int):
-        """Save a checkpoint in the background, unless training data were wrong."""
+        """Save a checkpoint in the background.
+
+        Not when training data were wrong, nor when the run has diverged: it stays at the last good
+        one, and no number of restarts carries it to its end.
+        """
         started = time.perf_counter()
-        if self.wrong_since() == math.inf and self.saver:
+        if self.saver and not all_finite(self.model):
+            self.stop.ask(self.diverged(f"weights are NaN or infinite at step {step}"))
+        diverged = isinstance(self.stop.error, Diverged)
+        if self.wrong_since() == math.inf and self.saver and not diverged:
             self.saver.save(step, self.state())
         self.meter.paused("save", self.cfg.save_interval, time.perf_counter() - started)
 
@@ -168,8 +205,12 @@ class Records:
         """Log an evaluation; with a checkpoint of the same step it may become the best one."""
         self.log.write(record)
         self.val_loss = record["val/loss"]
+        finite = math.isfinite(self.val_loss)
+        if not finite:
+            step = record["step"]
+            self.stop.ask(self.diverged(f"the validation loss is {self.val_loss} at step {step}"))
         if self.saver:
-            if has_checkpoint and self.val_loss is not None and math.isfinite(self.val_loss):
+            if has_checkpoint and finite:
                 self.saver.losses[record["step"]] = self.val_loss
             self.draw_curves()
         self.meter.paused("evaluation", self.cfg.eval_interval, record["eval_ms"] / 1e3)
@@ -196,20 +237,24 @@ class Records:
         pauses = cfg.save_interval, cfg.eval_interval, cfg.sample_interval
         if save_due or step == cfg.max_steps or any(step % n == 0 for n in pauses):
             self.meter.flush()
-        if self.meter.skipped_in_a_row >= cfg.max_skipped:
-            self.stop.ask(self.too_many_skipped())
+        skipped = self.meter.skipped_in_a_row
+        if skipped >= cfg.max_skipped:
+            self.stop.ask(
+                self.diverged(
+                    f"{skipped} steps in a row skipped up to step {self.meter.last_read}, their "
+                    "loss or gradient is NaN or infinite"
+                )
+            )
 
-    def too_many_skipped(self) -> UserError:
-        """Return the error that ends a run whose loss or gradient stays NaN or infinite."""
+    def diverged(self, what: str) -> Diverged:
+        """Return the error that ends a run which more steps cannot mend."""
         on_gpu = ""
         if self.world.device.type == "cuda":
             on_gpu = "; or, first, TORCH_CUDNN_SDPA_DEPRIORITIZED=1 (notes/running.md)"
-        return UserError(
-            f"{self.meter.skipped_in_a_row} steps in a row skipped up to step "
-            f"{self.meter.last_read}, their loss or gradient is NaN or infinite; "
-            "hint: a lower --max_lr under a new --run_name, with --init_from "
-            f"{self.cfg.checkpoint_dir}{on_gpu}"
-        )
+        start = ""
+        if checkpoint.steps(self.cfg.checkpoint_dir):
+            start = f", with --init_from {self.cfg.checkpoint_dir}"
+        return Diverged(f"{what}; hint: a lower --max_lr under a new --run_name{start}{on_gpu}")
 
     def measure_bigram(self, val_data: shards.Windows):
         """Log the loss of counting pairs of tokens, a loss to beat; small data only."""
@@ -283,6 +328,19 @@ class Records:
         """
         self.close_checkpoints()
         self.give_back(wandb_seconds=0)
+
+
+def all_finite(model: torch.nn.Module) -> bool:
+    """Tell whether no weight is NaN or infinite; the device is read once."""
+    return bool(torch.stack([p.isfinite().all() for p in model.parameters()]).all())
+
+
+def log_of(cfg: TrainConfig, world: World) -> list[dict]:
+    """Return the records of metrics.jsonl on rank 0, [] on the others and without such a file."""
+    try:
+        return read_metrics(cfg.run_dir) if world.rank == 0 else []
+    except OSError:
+        return []
 
 
 # --------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ Fine-tune: --init_from gpt2. Evaluate a checkpoint: --eval_only True --init_from
 See what would run: --dry_run True. When NCCL hangs (no peer-to-peer copies): NCCL_P2P_DISABLE=1.
 
 Exit status: 0 done; 2 a mistake by the user; 75 stopped by a signal (SIGTERM, SIGINT, SIGUSR1,
-SIGHUP) with a checkpoint; anything else is a bug.
+SIGHUP) with a checkpoint; 3 the run has diverged to NaN; anything else is a bug.
 
 Everything that a run writes is in log/RUN_NAME/ (notes/running.md); finished.json marks success.
 """
@@ -52,7 +52,6 @@ from runtime.device import (
     torch_settings_restored,
 )
 from runtime.memory import fit_batch, out_of_memory
-from runtime.runlog import read_metrics
 from runtime.stop import INTERRUPTED, Stop, Stopped
 from runtime.world import World, join_world, on_rank0
 
@@ -223,7 +222,7 @@ def already_finished(
     )
     model = hf.empty_model(resume_from).to(world.device)
     checkpoint.restore(resume_from, model)
-    log = read_metrics(cfg.run_dir) if world.rank == 0 else []
+    log = records.log_of(cfg, world)
     return Result(model, val_loss, log, cfg.max_steps, True)
 
 
@@ -359,9 +358,9 @@ def finish(run: Run, step: int, finished: bool) -> Result:
     saved = run.records.close_checkpoints()
     # all wait until rank 0 has written: when one exits, torchrun kills the others
     run.stop.share_error()
-    run.records.close(finished and saved)
+    run.records.close(finished and saved and not run.stop.error)
     cfg = run.cfg
-    if not finished and run.stop.error:
+    if run.stop.error:
         raise run.stop.error
     if finished and not saved:
         raise run.records.not_saved()
@@ -370,7 +369,7 @@ def finish(run: Run, step: int, finished: bool) -> Result:
     else:
         reason = run.stop.reason or "another process"
         say(f"interrupted by {reason} at step {step}{'' if saved else ' (NOT saved)'}; {TO_RESUME}")
-    log = read_metrics(cfg.run_dir) if run.world.rank == 0 else []
+    log = records.log_of(cfg, run.world)
     return Result(run.model, run.records.val_loss, log, step, finished)
 
 

@@ -44,8 +44,8 @@ until [ -e "log/$preset/finished.json" ]; do
     75) # stopped by a signal, with a checkpoint
         exec scontrol requeue "$SLURM_JOB_ID"
         ;;
-    2) # a mistake, which another launch would repeat
-        exit 2
+    2 | 3) # a mistake, or a run that has diverged: another launch would end the same
+        exit "$status"
         ;;
     *) # a crash: the next launch resumes from the newest checkpoint
         crashes=$((crashes + 1))

@@ -21,6 +21,8 @@ import tyro
 class UserError(Exception):
     """A mistake by the user, shown as one line `error: ...; hint: ...` without a traceback."""
 
+    status = 2  # of the process
+
 
 def one_line(e: BaseException) -> str:
     """Return an exception as part of a message: its type, the first 160 characters of its text."""
@@ -84,7 +86,7 @@ def leave_pipe():
 
 
 def run_script(main: Callable[[], None]):
-    """Run a script's main function; a UserError ends in one line and status 2."""
+    """Run a script's main function; a UserError ends in one line and its status."""
     try:
         main()
     except UserError as e:
@@ -94,7 +96,7 @@ def run_script(main: Callable[[], None]):
         repeat_after_torchrun(printable(message))
         if rank() != "0":
             time.sleep(1)  # torchrun ends the others once one has ended: rank 0 is to report first
-        sys.exit(2)
+        sys.exit(e.status)
     except BrokenPipeError:
         leave_pipe()
     finally:

@@ -37,7 +37,7 @@ class Pause(NamedTuple):
 class Meter:
     """Times steps and logs them; reads their numbers once for all steps since the last line."""
 
-    def __init__(self, cfg, flops_per_token: float, world: World, log: RunLog):
+    def __init__(self, cfg, flops_per_token: float, world: World, log: RunLog, skipped: int = 0):
         self.cfg = cfg
         self.flops_per_token = flops_per_token
         self.world = world
@@ -47,7 +47,7 @@ class Meter:
         self.late = 1 if world.device.type == "cuda" else 0
         self.pending: list[Pending] = []
         self.last_read = 0  # the last step that was logged
-        self.skipped_in_a_row = 0  # steps skipped up to it, since the last good one
+        self.skipped_in_a_row = skipped  # steps skipped up to it, since the last good one
         self.pauses: dict[str, Pause] = {}  # what interrupts training from time to time
         self.restart()
 
@@ -80,7 +80,7 @@ class Meter:
             steps[-1].copied.synchronize()
         numbers = torch.stack([p.numbers for p in steps]).tolist()  # a CPU or MPS waits here
         now = time.perf_counter()
-        dt = (now - self.started) / n
+        dt = max(now - self.started, 1e-9) / n  # a clock may stand still
         self.started = now
         tok_s = cfg.total_batch / dt
         mfu = None

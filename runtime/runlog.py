@@ -4,10 +4,12 @@ import atexit
 import dataclasses
 import fcntl
 import json
+import math
 import os
 import platform
 import queue
 import re
+import socket
 import ssl
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from pathlib import Path
 import torch
 
 from runtime.command_line import UserError, one_line, say
+from runtime.files import is_running
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -41,6 +44,33 @@ def environment(device: torch.device, world_size: int) -> dict:
         "threads": torch.get_num_threads(),
         "world_size": world_size,
     }
+
+
+# what a resumed run may compute otherwise than before, though its settings are the same
+COMPUTES = (
+    "commit python torch cuda cudnn device threads world_size dtype compiled attention B".split()
+)
+
+
+def add_part(earlier, part: dict, step: int) -> tuple[dict, str]:
+    """Return env.json for a run that begins at a step, and in what its machine differs from before.
+
+    `earlier` is the env.json of the parts before, whatever it holds. The last part is at the top;
+    `began_at` are the steps at which a process of that part began.
+    """
+    if not isinstance(earlier, dict):
+        return part | {"began_at": [step], "earlier": []}, ""
+    parts = earlier.pop("earlier", [])
+    began_at = earlier.pop("began_at", [])
+    if earlier == part:
+        return part | {"began_at": [*began_at, step], "earlier": parts}, ""
+    changes = [
+        f"{key} {earlier[key]} -> {part[key]}"
+        for key in COMPUTES
+        if key in earlier and earlier[key] != part.get(key)
+    ]
+    parts = [*parts, earlier | {"began_at": began_at}]
+    return part | {"began_at": [step], "earlier": parts}, ", ".join(changes)
 
 
 def known(look_up: Callable):
@@ -69,10 +99,29 @@ def device_name(device: torch.device) -> str:
 
 
 def read_metrics(run_dir: str | Path) -> list[dict]:
-    """Return the records of a run, in the order written."""
-    with open(Path(run_dir) / "metrics.jsonl") as f:
-        # a crash may have cut the last line
-        return [json.loads(line) for line in f if line.endswith("\n")]
+    """Return the records of a run, in the order written; lines that are none are left out."""
+    lines = (Path(run_dir) / "metrics.jsonl").read_bytes().splitlines()
+    records = (parse_record(line) for line in lines)
+    return [record for record in records if record is not None]
+
+
+def parse_record(line: bytes) -> dict | None:
+    """Return the record in a line; None when it holds none, as after a crash or an edit by hand."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(record, dict) and type(record.get("step")) is int:
+        return record
+    return None
+
+
+def without_nan(record: dict) -> dict:
+    """Return a record with null for NaN and infinity, which JSON has no words for."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in record.items()
+    }
 
 
 # --------------------------------------------------------------------------------------------------
@@ -84,47 +133,119 @@ class RunLog:
 
     One JSON object per line in metrics.jsonl, unbuffered: what was logged survives a crash of the
     process. A resumed run cuts the file to the step it resumes from, so that no step stands there
-    twice. What cannot be written (disk full) is kept and tried again with the next line; the run
-    continues.
+    twice. What cannot be written (disk full) is kept, in the checkpoints too, and tried again with
+    the next line; the run continues. A file that is deleted or replaced meanwhile is written again.
     """
 
     def __init__(self):
         self.run_dir: Path | None = None
         self.wandb: Wandb | None = None
         self.file = None
+        self.end = 0  # byte at which the next line goes
         self.unwritten: list[bytes] = []  # lines that could not be written yet
         self.lock = threading.Lock()  # the thread that saves checkpoints writes, too
+        self.lock_file: Path | None = None  # where the file system has no locks of its own
 
-    def open(self, run_dir: Path, resume_step: int = 0):
-        """Open metrics.jsonl and cut it to a step.
+    def open(self, run_dir: Path, resume_step: int = 0, kept: list[str] | None = None):
+        """Open metrics.jsonl and cut it to a step; `kept` are lines that a checkpoint has kept.
 
         Raises UserError when another process writes there, before anything is changed.
         """
-        path = run_dir / "metrics.jsonl"
-        file = open(path, "r+b" if path.exists() else "w+b", buffering=0)  # noqa: SIM115
+        path = (run_dir / "metrics.jsonl").resolve()
+        self.run_dir, self.path = run_dir, path
+        self.file = self.open_locked(path)
+        content = self.file.read()
+        lines = content.splitlines(keepends=True)
+        text = b"".join(line for line in lines if belongs_before(line, resume_step))
+        if content.startswith(text):
+            self.file.truncate(len(text))
+            self.end = len(text)
+        else:  # the lines in between are later ones, or none
+            self.rewrite(text)
+        present = set(text.splitlines(keepends=True))
+        for line in kept or ():
+            data = line.encode() + b"\n"
+            if data not in present and belongs_before(data, resume_step):
+                self.unwritten.append(data)
+        with self.lock:
+            self.flush()
+        self.say_missing(resume_step)
+        cut_samples(run_dir / "samples.txt", resume_step)
+
+    def open_locked(self, path: Path):
+        """Open a file for this process alone. Raises UserError when another one has it."""
+        # not "w", which would empty a file that another process has just begun
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when this process ends
         except BlockingIOError:
-            raise UserError(
-                f"another process is writing to {run_dir}; hint: wait for it, or --run_name NEW"
-            ) from None
+            file.close()
+            raise another_writes(self.run_dir, "wait for it, or --run_name NEW") from None
         except OSError:  # a file system without locks
-            pass
-        self.run_dir, self.file = run_dir, file
-        lines = self.file.read().splitlines(keepends=True)
-        text = b"".join(line for line in lines if belongs_before(line, resume_step))
-        self.file.seek(0)
-        self.file.write(text)
-        self.file.truncate()
-        self.end = len(text)  # byte at which the next line goes
-        cut_samples(run_dir / "samples.txt", resume_step)
+            self.lock_by_name()
+        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            file.close()  # replaced by its owner between the two calls
+            return self.open_locked(path)
+        return file
+
+    def lock_by_name(self):
+        """Lock the run directory by a file with the host and number of this process."""
+        path = self.run_dir / "lock"
+        if self.lock_file == path:
+            return
+        own = f"{socket.gethostname()} {os.getpid()}"
+        for _ in range(2):
+            try:
+                with open(path, "x") as f:
+                    f.write(own)
+            except FileExistsError:
+                host, _, pid = path.read_text().partition(" ")
+                if host == socket.gethostname() and pid.isdecimal() and not is_running(int(pid)):
+                    path.unlink(missing_ok=True)  # of a process that was killed
+                    continue
+                hint = f"rm {path} if process {pid} on {host} is gone; --run_name NEW if not"
+                raise another_writes(self.run_dir, hint) from None
+            self.lock_file = path
+            say(f"metrics.jsonl | this file system has no locks, {path} stands for one")
+            return
+        raise another_writes(self.run_dir, "wait for it, or --run_name NEW")
+
+    def rewrite(self, text: bytes):
+        """Replace metrics.jsonl by one with another text, atomically; it stays locked."""
+        temporary = self.path.with_name(f".metrics.jsonl.{os.getpid()}.tmp")
+        temporary.unlink(missing_ok=True)
+        file = self.open_locked(temporary)
+        try:
+            write_all(file, text)
+            os.fsync(file.fileno())
+            os.replace(temporary, self.path)
+        except BaseException:
+            file.close()
+            temporary.unlink(missing_ok=True)
+            raise
+        self.file.close()
+        self.file = file
+        self.end = len(text)
+
+    def say_missing(self, resume_step: int):
+        """Say which steps before the one to resume from have no line: training needs none."""
+        logged = {r["step"] for r in read_metrics(self.run_dir) if "train/loss" in r}
+        pending = (parse_record(line) for line in self.unwritten)
+        logged |= {r["step"] for r in pending if r and "train/loss" in r}
+        missing = sorted(set(range(1, resume_step + 1)) - logged)
+        if missing:
+            say(
+                f"metrics.jsonl | has no lines for {len(missing):,} of the {resume_step:,} steps "
+                f"so far, between {missing[0]:,} and {missing[-1]:,}; training needs none of them"
+            )
 
     def write(self, record: dict):
         """Append to metrics.jsonl and to W&B; record["step"] is the number of updates done."""
         if self.file is None:
             return
         with self.lock:
-            self.unwritten.append(json.dumps(record).encode() + b"\n")
+            line = json.dumps(without_nan(record), allow_nan=False)
+            self.unwritten.append(line.encode() + b"\n")
             self.flush()
         # save records arrive late, and W&B rejects a step lower than the last one
         if self.wandb is not None and "save_ms" not in record:
@@ -134,16 +255,47 @@ class RunLog:
         """Write the pending lines. On an error they stay pending; the first time, say so."""
         data = b"".join(self.unwritten)
         try:
+            self.reopen_if_replaced()
             self.file.seek(self.end)
-            written = self.file.write(data)
-            if written != len(data):
-                raise OSError(f"{written} of {len(data)} bytes written")
+            write_all(self.file, data)
         except OSError as e:
             if len(self.unwritten) == 1:
                 say(f"metrics.jsonl | not written, the lines are kept for later: {one_line(e)}")
             return
         self.unwritten = []
         self.end += len(data)
+
+    def reopen_if_replaced(self):
+        """Write metrics.jsonl again when the name no longer means the file that is written here.
+
+        Deleted, replaced by an editor or by a copy: the open file still has every line.
+        """
+        own = os.fstat(self.file.fileno())
+        if own.st_size < self.end:
+            say(
+                f"metrics.jsonl | was cut from {self.end:,} to {own.st_size:,} bytes by another "
+                "program; the lines in between are lost"
+            )
+            self.end = own.st_size
+        try:
+            if os.path.samestat(os.stat(self.path), own):
+                return
+            os.replace(self.path, self.path.with_name("metrics.jsonl.replaced"))
+            what = "replaced by another file, now metrics.jsonl.replaced"
+        except FileNotFoundError:
+            what = "deleted"
+        self.file.seek(0)
+        self.rewrite(self.file.read(self.end))
+        say(f"metrics.jsonl | was {what}; written again, with every line of this run")
+
+    def pending(self) -> list[str]:
+        """Return the lines that cannot be written yet, for the state of a checkpoint."""
+        if self.file is None:
+            return []
+        with self.lock:
+            if self.unwritten:
+                self.flush()
+            return [line.decode().removesuffix("\n") for line in self.unwritten]
 
     def sync(self):
         """Fsync, so that the log never lags behind a checkpoint."""
@@ -165,6 +317,9 @@ class RunLog:
             say(f"metrics.jsonl | its last {len(self.unwritten)} lines could not be written")
         try:
             self.file.close()
+            if self.lock_file:
+                self.lock_file.unlink(missing_ok=True)
+                self.lock_file = None
         except OSError as e:
             say(f"metrics.jsonl | not closed: {one_line(e)}")
         self.file = None
@@ -175,26 +330,46 @@ class RunLog:
             self.wandb.close(seconds)
 
 
+def another_writes(run_dir: Path, hint: str) -> UserError:
+    return UserError(f"another process is writing to {run_dir}; hint: {hint}")
+
+
+def write_all(file, data: bytes):
+    """Write all of `data` to an unbuffered file. Raises OSError when it takes only a part."""
+    written = file.write(data)
+    if written != len(data):
+        raise OSError(f"{written} of {len(data)} bytes written")
+
+
 def belongs_before(line: bytes, resume_step: int) -> bool:
     """Tell whether a line of metrics.jsonl is kept when a run resumes at a step.
 
     Kept is everything before it, and the update and save of that step, but not its evaluation,
     which is repeated. Nothing is kept at step 0.
     """
-    try:
-        record = json.loads(line)
-    except ValueError:  # a line cut off by a crash
+    record = parse_record(line)
+    if record is None or not line.endswith(b"\n"):  # cut off by a crash
         return False
     if record["step"] == resume_step > 0:
         return "val/loss" not in record
     return record["step"] < resume_step
 
 
+SAMPLE_HEAD = "=== step"  # how the line above each sample begins, and no other line
+
+
+def sample_text(step: int, index: int, text: str) -> str:
+    """Return a sample as samples.txt has it; a line that looks like a sample's head is indented."""
+    text = re.sub(f"^{SAMPLE_HEAD}", f" {SAMPLE_HEAD}", text, flags=re.M)
+    return f"{SAMPLE_HEAD} {step}, sample {index}\n{text}\n"
+
+
 def cut_samples(path: Path, resume_step: int):
     """Cut samples.txt before the samples of resume_step: the same ones will be drawn again."""
     if not path.exists():
         return
-    for sample in re.finditer(rb"^=== step (\d+), sample", path.read_bytes(), re.M):
+    head = rf"^{SAMPLE_HEAD} (\d+), sample".encode()
+    for sample in re.finditer(head, path.read_bytes(), re.M):
         if int(sample[1]) >= resume_step:
             os.truncate(path, sample.start())
             return

@@ -30,6 +30,12 @@ class Stopped(BaseException):
     """
 
 
+class Diverged(UserError):
+    """The end of a run whose weights or losses are NaN or infinite: more steps cannot mend it."""
+
+    status = 3
+
+
 class Stop:
     """Stops all processes of a run together.
 
@@ -95,10 +101,12 @@ class Stop:
         if not dist.is_initialized():
             return
         errors = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, str(self.error) if self.error else None)
+        own = (type(self.error), str(self.error)) if self.error else None
+        dist.all_gather_object(errors, own)
         for rank, error in enumerate(errors):
             if error is not None:
-                self.error = UserError(error if rank == 0 else f"on rank {rank}: {error}")
+                kind, text = error
+                self.error = kind(text if rank == 0 else f"on rank {rank}: {text}")
                 return
 
     @contextmanager

@@ -46,7 +46,7 @@ from runtime import checkpoint, runlog
 from runtime.command_line import UserError
 from runtime.files import sha256
 from runtime.runlog import read_metrics
-from runtime.stop import Stop
+from runtime.stop import Diverged, Stop
 from runtime.world import World
 
 
@@ -887,14 +887,40 @@ def test_a_bad_loss_skips_the_step(train, tmp_path, monkeypatch, value):
 
 
 def test_many_bad_losses_in_a_row_stop_the_run(train, tmp_path):
-    """The last checkpoint holds finite weights."""
+    """Each time it is started: no number of restarts carries it to its end.
+
+    Though each leaves a checkpoint in the middle of the bad steps; the last one is before the end.
+    """
     words = "4 steps in a row skipped up to step 8.*NaN or infinite; hint: a lower --max_lr"
     with poisoned(range(5, 100)):
-        with pytest.raises(UserError, match=words):
-            train("r", "--max_skipped 4")
-    model = hf.load_checkpoint(checkpoint.find(tmp_path / "r"))
-    assert all(torch.isfinite(t).all() for t in model.state_dict().values())
-    assert saved_steps(tmp_path / "r")[-1] == 8
+        for _ in range(3):
+            with pytest.raises(Diverged, match=words):
+                train("r", "--max_skipped 4 --save_interval 2")
+    assert saved_steps(tmp_path / "r")[-1] == 6
+    assert not (tmp_path / "r" / "finished.json").exists()
+    skipped = [r["step"] for r in read_metrics(tmp_path / "r") if "skipped" in r]
+    assert skipped == [5, 6, 7, 8]
+    assert train("r", "--max_skipped 4")[0] == 0  # the cause is gone
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ("--max_lr 1e20 --min_lr 0 --eval_interval 1", "the validation loss is nan at step 1"),
+        ("--max_lr 1e39 --min_lr 0 --save_interval 1", "weights are NaN or infinite at step 1"),
+        ("--max_lr 1e20 --min_lr 0 --max_steps 1", "at step 1"),
+    ],
+)
+def test_an_update_that_makes_nan_ends_the_run(train, tmp_path, changes, words):
+    """With a status of its own, without finished.json, and without a checkpoint of such weights."""
+    with pytest.raises(Diverged, match=f"{words}.*; hint: a lower --max_lr") as e:
+        train("r", "--warmup_steps 0", changes)
+    assert e.value.status == 3
+    assert not (tmp_path / "r" / "finished.json").exists()
+    for path in checkpoint.steps(tmp_path / "r" / "ckpt"):
+        model = hf.load_checkpoint(checkpoint.read(path))
+        assert all(torch.isfinite(t).all() for t in model.state_dict().values())
+    assert "NaN" not in (tmp_path / "r" / "metrics.jsonl").read_text()
 
 
 POISONED = """
