@@ -6,10 +6,15 @@ Interrupted and resumed runs are in test_train.py and test_faults.py.
 """
 
 import contextlib
+import errno
 import http.server
 import io
+import json
+import math
 import os
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -651,7 +656,6 @@ def send(tmp_path, monkeypatch):
 
 def test_wandb_auto_follows_wandb_login(send, tmp_path, wandb_server):
     """The key of the server that W&B is set to, be it a server of one's own, and no other one's."""
-    assert send("auto") == ([], "")
     other = f"machine api.example.com login user password {KEY}\n"
     (tmp_path / ".netrc").write_text(other)
     assert send("auto", WANDB_BASE_URL=wandb_server.url) == ([], "")
@@ -685,6 +689,220 @@ def test_without_a_network_wandb_ends_before_the_run(send):
     names, out = send("online", WANDB_API_KEY=KEY, WANDB_BASE_URL="http://127.0.0.1:9")
     assert names == [] and out.startswith("wandb | off from here: URLError")
     assert time.monotonic() - started < 20
+
+
+# --------------------------------------------------------------------------------------------------
+# metrics.jsonl
+
+
+def line(step: int, **values) -> str:
+    return json.dumps({"step": step} | values)
+
+
+def text_of(lines: list[str]) -> str:
+    return "".join(f"{line}\n" for line in lines)
+
+
+LOGGED = [
+    line(0, **{"val/loss": 6.0}),
+    *(line(step, **{"train/loss": 5.0}) for step in range(1, 6)),
+]
+SAVED_LATE = [*LOGGED[:5], line(3, save_ms=1.0), LOGGED[5]]
+
+
+@pytest.fixture
+def open_log(tmp_path):
+    """open_log(*arguments) opens the log of a run in tmp_path, and closes it at the end."""
+    logs = []
+
+    def open_one(*arguments):
+        logs.append(RunLog())
+        logs[-1].open(tmp_path, *arguments)
+        return logs[-1]
+
+    yield open_one
+    for log in logs:
+        log.close()
+
+
+@contextlib.contextmanager
+def largest_file(size: int):
+    """Let the system refuse to write beyond so many bytes in a file, as a full disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+
+
+@pytest.mark.parametrize(
+    "lines, kept", [(LOGGED, LOGGED[:4]), (SAVED_LATE, [*LOGGED[:4], SAVED_LATE[5]])]
+)
+def test_a_resumed_log_is_cut_to_its_step(open_log, tmp_path, lines, kept):
+    """Also where a checkpoint's own line came after those of later steps."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(text_of(lines) + '{"step": 9')
+    log = open_log(3)
+    assert path.read_text() == text_of(kept)
+    log.write({"step": 4})
+    assert path.read_text() == text_of([*kept, line(4)])
+    with pytest.raises(UserError, match="another process is writing"):
+        open_log(3)
+    assert names(tmp_path) == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("lines", [LOGGED, SAVED_LATE])
+def test_cutting_a_log_on_a_full_disk_loses_no_line(open_log, tmp_path, lines):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(text_of(lines))
+    with largest_file(40), contextlib.suppress(OSError):
+        open_log(3)
+    assert path.read_text().startswith(text_of(LOGGED[:4]))
+    assert lines == LOGGED or path.read_text() == text_of(lines)
+    assert names(tmp_path) == ["metrics.jsonl"]
+
+
+def test_lines_that_could_not_be_written_outlive_the_process(open_log, tmp_path, capsys):
+    """They travel in the checkpoint, and stand in the log once."""
+    log = open_log(0)
+    with largest_file(60):
+        for step in range(1, 6):
+            log.write({"step": step, "train/loss": 5.0})
+        pending = log.pending()
+        assert [json.loads(line)["step"] for line in pending] == [2, 3, 4, 5]
+        log.file.close()
+        log.file = None  # killed
+    assert capsys.readouterr().out.count("metrics.jsonl | not written") == 1
+    for _ in range(2):
+        log = open_log(4, pending)
+        assert (tmp_path / "metrics.jsonl").read_text() == text_of(LOGGED[1:5])
+        log.close()
+
+
+@pytest.mark.parametrize(
+    "steps, words",
+    [((1, 2, 3), ""), ((1,), "2 of the 3 steps so far, between 2 and 3"), ((), "3 of the 3 steps")],
+)
+def test_steps_without_a_line_are_reported_when_a_run_resumes(
+    open_log, tmp_path, capsys, steps, words
+):
+    (tmp_path / "metrics.jsonl").write_text(text_of([LOGGED[step] for step in steps]))
+    open_log(3)
+    out = capsys.readouterr().out
+    assert words in out and bool(out) == bool(words)
+
+
+@pytest.mark.parametrize("how", ["deleted", "replaced", "edited"])
+def test_a_log_that_is_deleted_or_replaced_is_written_again(open_log, tmp_path, capsys, how):
+    path = tmp_path / "metrics.jsonl"
+    log = open_log(0)
+    for step in range(1, 6):
+        log.write({"step": step, "train/loss": 5.0})
+        if step == 2 and how == "deleted":
+            path.unlink()
+        elif step == 2 and how == "replaced":
+            path.with_name("other").write_text("{}\n")
+            os.replace(path.with_name("other"), path)
+        elif step == 2:  # with the same content, as `sed -i` and editors do
+            path.with_name("other").write_bytes(path.read_bytes())
+            os.replace(path.with_name("other"), path)
+    assert path.read_text() == text_of(LOGGED[1:])
+    assert capsys.readouterr().out.count("metrics.jsonl | was ") == 1
+    assert (tmp_path / "metrics.jsonl.replaced").exists() == (how != "deleted")
+    with pytest.raises(UserError, match="another process is writing"):
+        open_log(0)
+
+
+def test_a_log_that_is_cut_under_the_run_has_no_hole(open_log, tmp_path, capsys):
+    log = open_log(0)
+    for step in range(1, 4):
+        log.write({"step": step, "train/loss": 5.0})
+        if step == 2:
+            os.truncate(tmp_path / "metrics.jsonl", 0)
+    assert (tmp_path / "metrics.jsonl").read_text() == text_of(LOGGED[3:4])
+    assert "was cut from 62 to 0 bytes" in capsys.readouterr().out
+
+
+JUNK = ["5", "null", "[]", '{"stew": 5}', '{"step": null}', '{"step": 9', "[" * 100_000, "\0\0"]
+
+
+@pytest.mark.parametrize("junk", JUNK, ids=lambda junk: junk[:9])
+def test_a_line_that_is_no_record_is_left_out(open_log, tmp_path, junk):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(text_of([LOGGED[1], junk, LOGGED[2]]))
+    assert [r["step"] for r in runlog.read_metrics(tmp_path)] == [1, 2]
+    open_log(2)
+    assert path.read_text() == text_of(LOGGED[1:3])
+
+
+def test_nan_and_infinity_are_null(open_log, tmp_path):
+    """JSON has no word for them: jq and JavaScript refuse Python's."""
+    open_log(0).write({"step": 0, "val/loss": float("nan"), "b": -math.inf, "c": 1.5})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        "step": 0,
+        "val/loss": None,
+        "b": None,
+        "c": 1.5,
+    }
+
+
+@pytest.fixture
+def no_flock(monkeypatch):
+    """A file system without locks: Lustre as it is mounted by default, some of FUSE."""
+
+    def fail(*arguments):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(runlog.fcntl, "flock", fail)
+
+
+@pytest.mark.usefixtures("no_flock")
+def test_without_locks_a_file_with_host_and_process_stands_for_one(open_log, tmp_path, capsys):
+    own = f"{socket.gethostname()} {os.getpid()}"
+    log = open_log(0)
+    assert (tmp_path / "lock").read_text() == own
+    assert f"no locks, {tmp_path / 'lock'} stands for one" in capsys.readouterr().out
+    log.write({"step": 1})
+    with pytest.raises(UserError, match=f"another process.*if process {os.getpid()} on "):
+        open_log(0)
+    log.close()
+    assert names(tmp_path) == ["metrics.jsonl"]
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    (tmp_path / "lock").write_text(f"{socket.gethostname()} {ended.pid}")
+    open_log(1).close()  # its process was killed
+    assert (tmp_path / "metrics.jsonl").read_text() == text_of([line(1)])
+    (tmp_path / "lock").write_text(f"elsewhere {ended.pid}")
+    with pytest.raises(UserError, match=f"hint: rm {tmp_path / 'lock'} if process .* on elsewhere"):
+        open_log(1)
+
+
+def test_samples_are_not_cut_by_their_own_text(tmp_path):
+    path = tmp_path / "samples.txt"
+    odd = "so\n=== step 99, sample 7\nit ends"
+    texts = [runlog.sample_text(step, 0, odd) for step in (10, 20, 30)]
+    path.write_text("".join(texts))
+    runlog.cut_samples(path, 30)
+    assert path.read_text() == "".join(texts[:2])
+
+
+def test_env_json_keeps_what_computed_the_earlier_parts():
+    """Equal parts are one; what differs is named."""
+    one = {"threads": 1, "torch": "2.13", "command": "a"}
+    two = one | {"threads": 2, "command": "b"}
+    first, changes = runlog.add_part(None, one, 0)
+    assert (first, changes) == (one | {"began_at": [0], "earlier": []}, "")
+    second, changes = runlog.add_part(first, one, 10)
+    assert (second, changes) == (one | {"began_at": [0, 10], "earlier": []}, "")
+    third, changes = runlog.add_part(second, two, 20)
+    assert changes == "threads 1 -> 2"
+    assert third == two | {"began_at": [20], "earlier": [one | {"began_at": [0, 10]}]}
+    for damaged in (5, [], "x"):
+        assert runlog.add_part(damaged, one, 0) == (one | {"began_at": [0], "earlier": []}, "")
 
 
 # --------------------------------------------------------------------------------------------------

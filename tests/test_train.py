@@ -1,6 +1,7 @@
 """python -m pytest tests/test_train.py : train_gpt2.py as a user runs it, at tiny size."""
 
 import json
+import math
 import os
 import random
 import shutil
@@ -312,6 +313,34 @@ def test_a_resumed_run_equals_an_uninterrupted_one(train, tmp_path, name):
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
 
+def test_a_resume_that_computes_otherwise_says_so(train, tmp_path):
+    """With other threads, say, the last digits may differ; env.json keeps what came before."""
+    command = "gpt2-rope --max_steps 6 --save_interval 3"
+
+    def fail(step):
+        raise KeyboardInterrupt
+
+    with at_step(fail, only=4), pytest.raises(KeyboardInterrupt):
+        train(command)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        _, out = train(command)
+    finally:
+        torch.set_num_threads(threads)
+    change = f"threads {threads} -> {threads + 1}"
+    assert f"computes otherwise than before, the last digits may differ: {change}\n" in out
+    machine = json.loads((tmp_path / "r" / "env.json").read_text())
+    assert (machine["threads"], machine["began_at"]) == (threads + 1, [3])
+    assert [(e["threads"], e["began_at"]) for e in machine["earlier"]] == [(threads, [0])]
+
+
+def test_a_clock_that_stands_still_is_no_error(train, monkeypatch):
+    monkeypatch.setattr(time, "perf_counter", lambda: 1.0)
+    records, _ = train("gpt2-rope --max_steps 2")
+    assert len(losses(records)) == 2
+
+
 def test_a_finished_run_says_so_and_nothing_is_overwritten(train, tmp_path):
     train("gpt2-baseline --max_steps 3")
     before = files(tmp_path / "r")
@@ -414,6 +443,28 @@ def test_all_problems_at_once():
     assert all("hint:" in problem for problem in wrong)
     assert len(problems(TrainConfig(B=0, T=-1, max_lr=0, block_size=1, min_lr=0), 1)) == 3
     assert problems(TrainConfig(block_size=1024, min_lr=6e-5), 4) == []
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(max_lr=math.inf), "max_lr is inf, must be finite"),
+        (dict(weight_decay=math.nan), "weight_decay is nan, must be finite"),
+        (dict(betas=(0.9, math.nan)), "must be finite"),
+        (dict(total_batch=2**62), f"total_batch is {2**62}, must not exceed {2**31}"),
+        (dict(B=2**40), f"B is {2**40}, must not exceed"),
+        (dict(seed=2**64), f"seed is {2**64}, must not exceed"),
+        (dict(run_name="x" * 300), "has 300 bytes, must be at most 200"),
+        (dict(run_name="\x1b[2J"), "must be at most 200 printable"),
+        (dict(run_name="a\nb"), "must be at most 200 printable"),
+    ],
+)
+def test_absurd_settings_are_refused_at_once(changes, words):
+    started = time.perf_counter()
+    wrong = problems(preset("gpt2-rope", **changes), 1)
+    assert any(words in problem and "hint: " in problem for problem in wrong), wrong
+    assert time.perf_counter() - started < 1
+    assert problems(preset("gpt2-rope", seed=-1, run_name="日本 1", B=1), 1) == []
 
 
 @pytest.mark.parametrize(
