@@ -176,8 +176,13 @@ def check_shape(saved: Checkpoint):
     actual = checkpoint.weight_shapes(saved)
     expected = {}
     if config.n_layer <= len(actual):
-        with torch.device("meta"):
-            expected = {key: tuple(w.shape) for key, w in GPT(config).state_dict().items()}
+        try:
+            with torch.device("meta"):
+                expected = {key: tuple(w.shape) for key, w in GPT(config).state_dict().items()}
+        except (RuntimeError, TypeError, OverflowError) as e:  # sizes beyond 64 bits
+            raise UserError(
+                f"{saved.path} is not of this model ({one_line(e)}); hint: another checkpoint"
+            ) from e
     if actual != expected:
         keys = sorted(actual.keys() | expected.keys())
         key = next(key for key in keys if actual.get(key) != expected.get(key))

@@ -227,10 +227,8 @@ class Saver:
                     renamed.append(rename_aside(path, WRONG_DATA).name)
         except OSError as e:
             say(f"checkpoints | not set aside: {one_line(e)}; hint: delete those since the damage")
-        what = ", ".join(renamed) or "no checkpoint"
-        say(
-            f"checkpoints | what was learned from the damaged shard is not saved; set aside: {what}"
-        )
+        what = f"set aside: {', '.join(renamed)}" if renamed else "older checkpoints are valid"
+        say(f"checkpoints | steps that may have read a damaged shard are not saved; {what}")
 
     def prune(self):
         """Delete old checkpoints; what cannot be listed or deleted is left for the next time."""
@@ -643,7 +641,7 @@ def weight_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
                         f"{', '.join(FLOATS)}; hint: another checkpoint"
                     )
                 shapes[name] = tuple(weight.get_shape())
-    except (OSError, SafetensorError) as e:
+    except (OSError, RuntimeError, SafetensorError) as e:
         raise not_loaded(path, e) from e
     return shapes
 
@@ -652,7 +650,7 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Load a file of tensors. Raises UserError when it cannot be, or holds NaN or infinity."""
     try:
         tensors = load_file(path)
-    except (OSError, SafetensorError) as e:
+    except (OSError, RuntimeError, SafetensorError) as e:
         raise not_loaded(path, e) from e
     for name, t in tensors.items():
         if not is_finite(t):
@@ -661,11 +659,14 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def not_loaded(path: Path, e: Exception) -> UserError:
-    """Return what an error of loading a file of tensors means."""
-    if isinstance(e, ABSENT):
+    """Return what an error of loading a file of tensors means: torch has one type for all."""
+    try:
+        with open(path, "rb"):
+            pass
+    except ABSENT:
         return Gone(f"{path} is gone; hint: the same command again finds a newer checkpoint")
-    if isinstance(e, OSError):
-        return unreadable(path, e)
+    except OSError as not_opened:
+        return unreadable(path, not_opened)
     return UserError(f"{path} is no file of tensors ({one_line(e)}); hint: another checkpoint")
 
 

@@ -4,8 +4,10 @@ Ones that cannot sync directories, have no locks or count no blocks; ones that a
 read-only or shared. Runs that are interrupted are in test_faults.py.
 """
 
+import dataclasses
 import errno
 import fcntl
+import json
 import os
 import resource
 import shutil
@@ -13,6 +15,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 import types
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,11 +25,14 @@ import torch
 from conftest import ROOT, TINY, at_step, files, options, write_shards
 
 import hf
+from config import preset
+from model import GPT, GPTConfig
 from runtime import checkpoint
 from runtime.checkpoint import Unreadable
 from runtime.command_line import UserError
 from runtime.files import atomic, error_number, remedy
 from runtime.lock import Lock
+from runtime.runlog import RunLog
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +59,14 @@ def train(command, tmp_path, train_here, fast_curves):
         return train_here(*command, "--log_dir", tmp_path, "--run_name", name, *changes)
 
     return train
+
+
+@pytest.fixture
+def done(train, folder):
+    """A run that is done; made once."""
+    if not (folder / "done").exists():
+        assert train("done", "--log_dir", folder)[0] == 0
+    return folder / "done"
 
 
 @contextmanager
@@ -391,3 +405,298 @@ def test_a_run_gives_its_locks_back(train, tmp_path):
     assert names(ckpt_dir) == ["step_000002"]
     assert train("r")[0] == 0
     assert names(ckpt_dir) == ["step_000002", "step_000004"]
+
+
+def test_what_another_process_trained_meanwhile_is_not_overwritten(tmp_path):
+    """It had the directory after this one chose where to resume, and has given it back."""
+    cfg = preset("gpt2-rope", ckpt_dir=str(small(tmp_path, 5)))
+    with pytest.raises(UserError, match="another process has written step_000005"):
+        checkpoint.open_directory(cfg, GPT(TOY), start_step=0)
+    assert names(tmp_path) == ["step_000005"]
+
+
+# --------------------------------------------------------------------------------------------------
+# which checkpoints stay
+
+TOY = GPTConfig(block_size=16, vocab_size=64, n_layer=1, n_head=2, n_embd=16)
+
+
+@pytest.fixture
+def saver(tmp_path):
+    """A saver of a toy model."""
+    cfg = preset("gpt2-rope", ckpt_dir=str(tmp_path), keep_last=1)
+    model = GPT(TOY)
+    saver = checkpoint.Saver(cfg, model, torch.optim.AdamW(model.parameters()), RunLog())
+    yield saver
+    saver.close()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_nan_or_infinite_replace_no_checkpoint(saver, tmp_path, value, capsys):
+    saver.save(1, {})
+    assert saver.wait()
+    with torch.no_grad():
+        saver.model.wpe.weight[3, 4] = value
+    saver.save(2, {})
+    assert not saver.wait()
+    assert names(tmp_path) == ["step_000001"]
+    words = "step 2 | NOT saved: NotFinite: wpe.weight is NaN or infinite"
+    assert words in capsys.readouterr().out and "--max_lr" in saver.remedy
+
+
+def test_a_sum_that_overflows_is_no_infinity():
+    largest = torch.finfo(torch.float32).max
+    assert checkpoint.is_finite(torch.full((4,), largest))
+    assert not checkpoint.is_finite(torch.tensor([float("inf"), -float("inf"), 1.0]))
+
+
+def test_a_run_that_diverges_in_its_update_is_not_finished(train, tmp_path):
+    """The loss of its first step is fine, what the update makes is not: nothing is saved."""
+    changes = "--max_lr 1e38 --min_lr 0 --grad_norm_clip 0"
+    with pytest.raises(UserError, match="last checkpoint could not be written.*lower --max_lr"):
+        train("r", changes)
+    assert not names(tmp_path / "r" / "ckpt")
+    assert not (tmp_path / "r" / "finished.json").exists()
+
+
+def test_a_loss_that_is_nan_is_never_the_best(saver):
+    for step, loss in {1: float("nan"), 2: 3.0, 3: 2.0, 4: float("inf")}.items():
+        saver.save(step, {})
+        saver.losses[step] = loss
+        assert saver.wait()
+    assert [checkpoint.step_of(path) for path in checkpoint.steps(saver.ckpt_dir)] == [3, 4]
+
+
+def test_checkpoints_of_wrong_data_are_set_aside(saver, tmp_path):
+    """Those whose state was taken since then; they stay, under another name."""
+    for step, seconds in ((1, 100.0), (2, 200.0), (3, 300.0)):
+        tensors = {"model.safetensors": {"x": torch.zeros(1)}}
+        checkpoint.write(tmp_path, step, tensors, {"time": seconds})
+    saver.set_aside(200.0)
+    assert [name.rpartition("_")[0] for name in names(tmp_path)] == [
+        "passed_over_step_000002_wrong-data",
+        "passed_over_step_000003_wrong-data",
+        "step",
+    ]
+
+
+def test_of_damaged_checkpoints_the_newest_is_kept(tmp_path, capsys):
+    """What is another run's is kept, too: it is whole."""
+
+    def refuse_3(found):
+        if found.step == 3:
+            raise UserError("of another run")
+
+    small(tmp_path, 1)
+    for step in (4, 3, 2):
+        small(tmp_path, step)
+        if step != 3:
+            (tmp_path / f"step_{step:06d}" / "model.safetensors").write_bytes(b"damaged")
+        assert checkpoint.newest(tmp_path, refuse_3, rename_bad=True).step == 1
+    kept = [name.rpartition("_")[0] for name in names(tmp_path)]
+    assert kept == ["passed_over_step_000002_damaged", "passed_over_step_000003_foreign", "step"]
+    assert "deleted" in capsys.readouterr().out
+
+
+def test_when_space_is_short_what_was_passed_over_is_named(tmp_path, monkeypatch):
+    (tmp_path / "passed_over_step_000007_damaged_20260101-000000").mkdir()
+    usage = types.SimpleNamespace(total=2000, free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match="hint: make room .delete passed_over_step_000007_damaged"):
+        checkpoint.need_space(tmp_path, GPT(TOY), 2)
+
+
+# --------------------------------------------------------------------------------------------------
+# reading while training deletes
+
+
+def test_what_is_deleted_while_it_is_read_is_not_missed(tmp_path, monkeypatch, capsys):
+    """The newest one is taken that is there when its turn comes, and nothing is reported."""
+    small(tmp_path, 1, 2)
+    sha256 = checkpoint.sha256
+
+    def deleted_meanwhile(path):
+        if path.parent.name == "step_000002":
+            small(tmp_path, 3)
+            for step in ("step_000001", "step_000002"):
+                shutil.rmtree(tmp_path / step)
+        return sha256(path)
+
+    monkeypatch.setattr(checkpoint, "sha256", deleted_meanwhile)
+    assert checkpoint.find(tmp_path).step == 3
+    assert capsys.readouterr() == ("", "")
+
+
+def test_what_is_deleted_before_it_is_loaded_is_looked_up_again(tmp_path):
+    small(tmp_path, 1, 2)
+
+    def load(found):
+        if found.step == 2:
+            small(tmp_path, 3)
+            shutil.rmtree(found.path)
+        return checkpoint.load_tensors(found.path / "model.safetensors")["x"].item()
+
+    assert checkpoint.find_and(tmp_path, load) == 3
+
+
+# --------------------------------------------------------------------------------------------------
+# what a checkpoint may not be
+
+
+@pytest.fixture
+def sealed(tmp_path):
+    """sealed(state, tensors, file) writes a checkpoint whose hashes are right, whatever it says."""
+
+    def sealed(state: dict | None = None, tensors: dict | None = None, make_file=None) -> Path:
+        weights = GPT(TOY).state_dict() | (tensors or {})
+        base = {"gpt_config": dataclasses.asdict(TOY)}
+        path = checkpoint.write(tmp_path / "c", 5, {"model.safetensors": weights}, base)
+        if make_file:
+            make_file(path / "model.safetensors")
+        changed = json.loads((path / "state.json").read_text()) | (state or {})
+        changed["checksum"] = checkpoint.checksum(changed)
+        (path / "state.json").write_text(json.dumps(changed))
+        return path
+
+    return sealed
+
+
+BOMBS = [{"vocab_size": 10**9}, {"n_layer": 10**6}, {"block_size": 10**10}]
+BOMBS += [{"n_embd": 1 << 40}, {"n_embd": 1 << 70}, {"block_size": 1 << 70}]
+NONSENSE = [
+    *({name: -1} for name in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")),
+    *({"n_head": value} for value in (0, 3, 2.0, "2", None, True)),
+    {"n_embd": 17},
+    {"arch": "evil"},
+    {"use_rope": "yes"},
+    {"more": 1},
+]
+
+
+@pytest.mark.parametrize("changes", BOMBS + NONSENSE)
+def test_a_shape_that_is_not_the_weights_own_is_refused_before_anything_is_built(sealed, changes):
+    """Whatever it asks for: within a second, and without the memory."""
+    path = sealed({"gpt_config": dataclasses.asdict(TOY) | changes})
+    started = time.perf_counter()
+    with pytest.raises(UserError, match="does not fit state.json|is not of this model"):
+        hf.load(str(path))
+    assert time.perf_counter() - started < 2
+
+
+@pytest.mark.parametrize(
+    "convert, words",
+    [
+        (lambda t: t * float("nan"), "is NaN or infinite"),
+        (lambda t: t + float("inf"), "is NaN or infinite"),
+        (lambda t: t > 0, "has type BOOL"),
+        (lambda t: t.to(torch.int8), "has type I8"),
+        (lambda t: t.to(torch.complex64), "has type C64"),
+        (lambda t: t.to(torch.float8_e4m3fn), "has type F8_E4M3"),
+    ],
+)
+def test_weights_are_finite_floating_point_numbers(sealed, convert, words):
+    path = sealed(tensors={"wpe.weight": convert(torch.ones(16, 16))})
+    with pytest.raises(UserError, match=f"wpe.weight {words}"):
+        hf.load(str(path))
+
+
+def to_fifo(path: Path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def to_device(path: Path):
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("make_file", [to_fifo, to_device])
+def test_what_is_no_file_is_not_read(sealed, make_file):
+    """Reading a pipe or a device would never end."""
+    with pytest.raises(UserError, match="is not a regular file"):
+        checkpoint.read(sealed(make_file=make_file))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step": "5"},
+        {"step": 5.0},
+        {"step": True},
+        {"sha256": {}},
+        {"sha256": ["model.safetensors"]},
+        {"sha256": {"model.safetensors": 5}},
+        {"format": "\x1b[2J"},
+    ],
+)
+def test_a_state_that_is_none_is_one_line(sealed, changes):
+    with pytest.raises(UserError) as raised:
+        checkpoint.read(sealed(changes))
+    assert "\x1b" not in str(raised.value)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "5", "[" * 200_000, '{"format": 1' + "0" * 6000])
+def test_a_state_of_another_kind_of_json_is_one_line(sealed, text):
+    path = sealed()
+    (path / "state.json").write_text(text)
+    with pytest.raises(UserError, match="is not a whole checkpoint"):
+        checkpoint.read(path)
+
+
+def test_a_name_that_looks_like_a_number_is_no_step(tmp_path):
+    small(tmp_path, 5)
+    (tmp_path / "step_²").mkdir()
+    (tmp_path / "step_000009").write_text("")
+    assert checkpoint.find(tmp_path).step == 5
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        *((key, None) for key in ("config", "gpt_config", "data", "val_losses")),
+        ("wandb_id", 5),
+        ("val_losses", {"x": 1.0}),
+        ("val_losses", {"4": "x"}),
+        ("config", {}),
+        ("data", 5),
+    ],
+)
+def test_a_state_without_what_a_run_needs_is_one_line(done, train, tmp_path, key, value):
+    """Its weights are whole, and the hint says what they are good for."""
+    shutil.copytree(done, tmp_path / "r")
+    for path in checkpoint.steps(tmp_path / "r" / "ckpt"):
+        state = json.loads((path / "state.json").read_text()) | {key: value}
+        if value is None:
+            del state[key]
+        state["checksum"] = checkpoint.checksum(state)
+        (path / "state.json").write_text(json.dumps(state))
+    (tmp_path / "r" / "config.json").unlink()
+    with pytest.raises(UserError, match=f"no valid checkpoint in .*({key}|settings|not a run)"):
+        train("r")
+
+
+@pytest.mark.parametrize("file", ["config.json", "finished.json"])
+@pytest.mark.parametrize("text", ["5", "[]", "[" * 200_000, ""])
+def test_a_run_whose_own_json_is_another_kind_resumes(done, train, tmp_path, file, text):
+    shutil.copytree(done, tmp_path / "r")
+    (tmp_path / "r" / "finished.json").unlink()
+    (tmp_path / "r" / file).write_text(text)
+    status, out = train("r")
+    assert status == 0 and "resume | step 4" in out
+
+
+def test_a_checkpoint_directory_that_becomes_a_file_ends_no_training(train, tmp_path):
+    """Handlers of a failed save touch no disk: the run goes on to its end, and says so there."""
+    ckpt_dir = tmp_path / "r" / "ckpt"
+
+    def replace(step):
+        while not (ckpt_dir / "step_000002").exists():
+            time.sleep(0.01)
+        ckpt_dir.rename(tmp_path / "moved")
+        ckpt_dir.write_text("")
+
+    stepped = []
+    with at_step(stepped.append), at_step(replace, only=3):
+        with pytest.raises(UserError, match="could not be written.*hint: move away the file"):
+            train("r")
+    assert stepped == [0, 1, 2, 3]

@@ -14,6 +14,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 import types
 from contextlib import contextmanager
@@ -36,10 +37,12 @@ from conftest import (
     weights,
     write_shards,
 )
+from test_shard_files import flip, with_manifest
 
 import compare
 import hf
 import optim
+import shard_files
 import shards
 from model import GPT
 from runtime import checkpoint, runlog
@@ -818,6 +821,70 @@ def test_a_shard_that_goes_bad_is_named(whole, root, train, tmp_path, how, words
     assert saved_steps(tmp_path / "r") in ([[12], [13]] if how == "gone" else [[]])
     shard.write_bytes(valid)
     assert train("r", "--data_root", root)[0] == 0
+    assert_equal(tmp_path / "r", whole)
+
+
+def test_what_is_read_of_a_rewritten_shard_is_never_saved(whole, data, train, tmp_path):
+    """Even before the next look at the file is due: each save looks first.
+
+    With the shards restored the end is the same, from the last checkpoint before.
+    """
+    root = shutil.copytree(data, tmp_path / "data")
+    valid = {path: path.read_bytes() for path in root.glob("*_train_*")}
+
+    def rewrite():
+        for path, raw in valid.items():
+            path.write_bytes(raw[:128] + bytes(len(raw) - 128))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "CHECK_SECONDS", 3600)
+        with at_step(lambda step: rewrite(), only=12):
+            with pytest.raises(UserError, match="was replaced or rewritten since the run began"):
+                train("r", "--save_interval 5 --keep_last 9 --data_root", root)
+    assert saved_steps(tmp_path / "r") == [5, 10]
+    for path, raw in valid.items():
+        path.write_bytes(raw)
+    status, out = train("r", "--data_root", root)
+    assert status == 0 and "resume | step 10" in out
+    assert_equal(tmp_path / "r", whole)
+
+
+def test_nothing_learned_from_a_shard_that_was_damaged_before_stays(
+    whole, data, train, tmp_path, monkeypatch
+):
+    """The comparison with manifest.json ends at step 12: what was saved by then is set aside.
+
+    The run begins again, says so, and its end is the same.
+    """
+    root = with_manifest(shutil.copytree(data, tmp_path / "data"))
+    shard = root / "data_train_000001.npy"
+    flip(shard)
+    compared, looked = threading.Event(), threading.Event()
+    scan = shard_files.scan
+
+    def scan_later(*args, **more):
+        compared.wait(60)
+        found = scan(*args, **more)
+        if args[0].path.endswith("000001.npy"):
+            looked.set()
+        return found
+
+    def compare_now():
+        compared.set()
+        assert looked.wait(60)
+
+    monkeypatch.setattr(shard_files, "scan", scan_later)
+    changes = ["--save_interval", 5, "--keep_last", 9, "--data_root", root]
+    with at_step(lambda step: compare_now(), only=12):
+        with pytest.raises(UserError, match="data_train_000001.npy is damaged: its SHA-256"):
+            train("r", *changes)
+    aside = sorted(path.name for path in (tmp_path / "r" / "ckpt").iterdir())
+    assert len(aside) == 2
+    for step, name in zip((5, 10), aside):
+        assert name.startswith(f"passed_over_step_{step:06d}_wrong-data_")
+    flip(shard)
+    status, out = train("r", *changes)
+    assert status == 0 and "had learned from a damaged shard and are set aside: from step 0" in out
     assert_equal(tmp_path / "r", whole)
 
 
