@@ -14,6 +14,7 @@ import math
 import os
 import re
 import stat
+import threading
 import time
 import tokenize
 from collections.abc import Iterable, Iterator
@@ -31,6 +32,7 @@ BIN_MAGIC = 20240520  # llm.c's
 BIN_HEADER = 1024  # bytes: 256 int32
 NO_BIN_HEADER = "its header is not llm.c's (magic 20240520, version 1)"
 RESTORE_HINT = "hint: restore the shard, then run the same command to resume"
+VERIFY_FIRST = 1 << 28  # tokens, 0.5 GB, that are compared with manifest.json before training
 SCAN_TOKENS = 1 << 21  # read at a time: 4 MB
 
 
@@ -70,13 +72,13 @@ class Scan(NamedTuple):
 def stamp(path: str) -> tuple:
     """Return size, time of change and inode: they differ once a file is written or replaced."""
     status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for a writer
-        raise ValueError("it is no regular file")
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def open_shard(path: str) -> Shard:
     """Check a shard's header against the file's size. Raises ValueError saying what is wrong."""
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for a writer
+        raise ValueError("it is no regular file")
     file_stamp = stamp(path)
     size = file_stamp[0]
     with open(path, "rb") as f:
@@ -248,16 +250,29 @@ def scan(shard: Shard, idle: float = 0) -> Scan:
     return Scan(digest.hexdigest(), documents, beyond)
 
 
-def verify(shards: list[Shard], wrong: list[UserError]):
+def start_verifying(shards: list[Shard], wrong: list[UserError]):
+    """Start verify() in the background; where it takes a second, wait for its end.
+
+    So small data are known to be right before any of them is used.
+    """
+    small = sum(shard.tokens for shard in shards) <= VERIFY_FIRST
+    arguments = (list(shards), wrong, 0 if small else 4)
+    thread = threading.Thread(target=verify, args=arguments, daemon=True, name="verify")
+    thread.start()
+    if small:
+        thread.join()
+
+
+def verify(shards: list[Shard], wrong: list[UserError], idle: float):
     """Append to `wrong` an error for every shard that differs from manifest.json.
 
-    Runs in a background thread at a fifth of full speed.
+    Sleeps `idle` seconds per second of work.
     """
     for shard in shards:
         if not shard.sha256:
             continue
         try:
-            if scan(shard, idle=4).sha256 != shard.sha256:
+            if scan(shard, idle).sha256 != shard.sha256:
                 message = (
                     f"{shard.path} is damaged: its SHA-256 is not that in manifest.json; "
                     f"{RESTORE_HINT}"
@@ -266,6 +281,18 @@ def verify(shards: list[Shard], wrong: list[UserError]):
                 wrong.append(DamagedShard(message, shard.path, os.stat(shard.path).st_mtime))
         except OSError as e:
             wrong.append(UserError(f"{shard.path} cannot be read ({e.strerror}); {RESTORE_HINT}"))
+
+
+def same_content(shard: Shard, now: tuple) -> bool:
+    """Tell whether a file that was written or replaced, stamp `now`, has the shard's content still.
+
+    Without a SHA-256 in manifest.json nothing can be told.
+    """
+    try:
+        same_size = now[0] == shard.stamp[0] and shard.sha256
+        return bool(same_size) and scan(shard).sha256 == shard.sha256
+    except OSError:
+        return False
 
 
 def fingerprints(shards: list[Shard]) -> list[str]:

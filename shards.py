@@ -10,7 +10,6 @@ counts it.
 
 import hashlib
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -21,11 +20,10 @@ import torch
 from runtime.command_line import UserError
 from runtime.device import worker_thread
 from runtime.world import World
-from shard_files import RESTORE_HINT, DamagedShard, Shard, stamp, verify
+from shard_files import RESTORE_HINT, DamagedShard, Shard, same_content, stamp, start_verifying
 from tokenizer import EOT
 
-# How often each shard's size and mtime are compared with those at the start. A check costs 2 us,
-# reading a window 3 us.
+# How often each shard's size and mtime are compared with the first ones: 2 us, a window takes 3.
 CHECK_SECONDS = 1.0
 LOCATE_AT_ONCE = 4096  # windows whose places are computed together: numpy takes as long for 64
 MAX_OPEN_FILES = 256  # well below the usual limit of 1,024
@@ -104,7 +102,7 @@ class Windows:
         self.epoch_starts = [0]  # position of the first window of each epoch met so far
         self.files = {}  # open files by shard
         self.document_orders = {}  # by (epoch, shard), of the shards last used
-        self.checked_at = {}  # when each shard's file was last compared with what it was
+        self.checked_at = {}  # when each shard's file was last compared
 
     def offset(self, epoch: int) -> int:
         """Return the tokens left out at the beginning of each shard: 0 in epoch 0, then random."""
@@ -196,6 +194,9 @@ class Windows:
             raise UserError(f"{path} cannot be read any more ({e.strerror}); {RESTORE_HINT}") from e
         if not at_start or now == at_start:
             return
+        if same_content(self.shards[shard], now):  # e.g. touched
+            self.shards[shard] = self.shards[shard]._replace(stamp=now)
+            return
         change = "was replaced or rewritten"
         if now[0] != at_start[0]:
             change = f"has {now[0]} bytes now, not {at_start[0]}"
@@ -203,9 +204,8 @@ class Windows:
 
     def read_tokens(self, row: np.ndarray, shard: int, token: int):
         """Fill a row with the tokens of a shard from number `token` on."""
-        # Unbuffered reads rather than a memory map: mapped pages count as this process's memory,
-        # and a shard that shrinks under it is a crash (SIGBUS) instead of an error that names the
-        # file.
+        # Unbuffered reads, no memory map: mapped pages count as this process's memory, and a shard
+        # that shrinks is a crash (SIGBUS) instead of an error that names it.
         path = self.shards[shard].path
         first_byte = self.shards[shard].start + 2 * token
         try:
@@ -288,8 +288,8 @@ class Loader:
     """Micro-batches of one process, from optimizer step start_step on.
 
     One thread reads ahead by one micro-batch: files to a pinned buffer, one copy to the device on a
-    stream of its own, so take() never waits while the device is busy. On rank 0 another thread
-    compares the shards with manifest.json; take() reports what it finds.
+    stream of its own, so take() never waits while the device is busy. On rank 0 the shards are
+    compared with manifest.json, large data in a thread; take() reports it.
     """
 
     def __init__(
@@ -319,8 +319,7 @@ class Loader:
         self.thread = worker_thread("loader", world.device)
         self.next_batch = self.thread.submit(self.read, self.k)
         if world.rank == 0:
-            arguments = (windows.shards, self.wrong)
-            threading.Thread(target=verify, args=arguments, daemon=True, name="verify").start()
+            start_verifying(windows.shards, self.wrong)
 
     def take(self) -> Batch | None:
         """Return the next micro-batch.

@@ -4,6 +4,8 @@ python -m pytest tests/test_shard_files.py
 """
 
 import json
+import math
+import os
 import re
 import shlex
 import time
@@ -17,10 +19,18 @@ from hypothesis import strategies as st
 from test_shards import open_windows, read_epoch, world
 
 import shard_files
+import shards
 from records import data_of_run
 from runtime.command_line import UserError
 from runtime.files import sha256, write_json
-from shard_files import ShardWriter, fingerprints, open_shard, open_shards, shard_names
+from shard_files import (
+    DamagedShard,
+    ShardWriter,
+    fingerprints,
+    open_shard,
+    open_shards,
+    shard_names,
+)
 from shards import Loader
 from tokenizer import EOT
 
@@ -104,10 +114,39 @@ def list_absent_shard(folder: Path):
     (folder / SECOND).unlink()
 
 
+def list_entry(**changes):
+    """A damage: a manifest with an entry that is no shard's."""
+    entry = {"file": SECOND, "split": "train", "tokens": 500} | changes
+    content = {"tokenizer": "gpt2", "shards": [entry], "sources": []}
+    return lambda folder: (folder / "manifest.json").write_text(json.dumps(content))
+
+
 DAMAGES = {  # what is done to the folder, what the message must say
     "missing": (remove_all, ["no train shards", "prepare.py"]),
     "cut": (cut, [SECOND, "header says 500 tokens"]),
     "not a shard": (lambda folder: (folder / SECOND).write_text("hello"), [SECOND]),
+    "a pipe": (
+        lambda folder: [(folder / SECOND).unlink(), os.mkfifo(folder / SECOND)],
+        [SECOND, "no regular file"],
+    ),
+    "a folder": (
+        lambda folder: [(folder / SECOND).unlink(), (folder / SECOND).mkdir()],
+        [SECOND, "no regular file"],
+    ),
+    "version 3.0": (
+        lambda folder: (folder / SECOND).write_bytes(b"\x93NUMPY\x03\x00" + bytes(99)),
+        [SECOND, "version is (3, 0)"],
+    ),
+    "objects": (
+        lambda folder: np.save(folder / SECOND, np.array([{}, 1], object), allow_pickle=True),
+        ["object", "uint16"],
+    ),
+    "nested header": (
+        lambda folder: (folder / SECOND).write_bytes(
+            b"\x93NUMPY\x01\x00\x10\x27" + b"(" * 10_000 + bytes(99)
+        ),
+        [SECOND, "header"],
+    ),
     "wrong type": (
         lambda folder: np.save(folder / SECOND, np.zeros(500, np.int32)),
         ["int32", "uint16"],
@@ -137,6 +176,27 @@ DAMAGES = {  # what is done to the folder, what the message must say
         lambda folder: write_json(folder / "manifest.json", {"tokenizer": "llama", "shards": []}),
         ["llama", "gpt2"],
     ),
+    "manifest a folder": (
+        lambda folder: (folder / "manifest.json").mkdir(),
+        ["manifest.json", "no regular file"],
+    ),
+    "manifest a pipe": (
+        lambda folder: os.mkfifo(folder / "manifest.json"),
+        ["manifest.json", "no regular file"],
+    ),
+    "manifest nested": (
+        lambda folder: (folder / "manifest.json").write_text("[" * 100_000),
+        ["manifest.json", "RecursionError"],
+    ),
+    "manifest a list": (
+        lambda folder: (folder / "manifest.json").write_text("[5]"),
+        ["manifest.json", "TypeError"],
+    ),
+    "a number for a name": (list_entry(file=5), ["manifest.json", "file is 5"]),
+    "a name that leads out": (list_entry(file="../x.npy"), ["file is '../x.npy'"]),
+    "an escape for a name": (list_entry(file="\x1b[2J"), ["file is '\\x1b[2J'"]),
+    "a text for a count": (list_entry(tokens="many"), ["has 'many' tokens"]),
+    "a number for a hash": (list_entry(sha256=5), ["SHA-256 5"]),
     "incomplete entry": (
         lambda folder: write_json(
             folder / "manifest.json", {"tokenizer": "gpt2", "shards": [{"file": SECOND}]}
@@ -214,18 +274,57 @@ def take_until_error(loader: Loader, seconds: float = 10.0):
         time.sleep(0.01)
 
 
-def test_a_damaged_shard_is_found_while_training(tmp_path):
-    """Rank 0 compares all shards with manifest.json, in the background."""
+def test_small_data_are_compared_before_any_of_them_is_used(tmp_path):
+    """Rank 0 compares all shards with manifest.json; the error says since when they are wrong."""
     folder = with_manifest(write_shards(tmp_path, {"train": [5000, 5000]}))
 
     def loader(rank):
         return Loader(open_windows(folder, 16), 128, 4, world(rank, 2))
 
-    take_until_error(loader(0), 0.3)  # nothing wrong yet
+    loader(0).take()
     flip(folder / SECOND)
-    with pytest.raises(UserError, match=f"{SECOND} is damaged.*manifest.json; hint:"):
-        take_until_error(loader(0))
-    take_until_error(loader(1), 0.3)
+    with pytest.raises(DamagedShard, match=f"{SECOND} is damaged.*manifest.json; hint:") as e:
+        loader(0).take()
+    assert e.value.path == str(folder / SECOND)
+    assert e.value.since == (folder / SECOND).stat().st_mtime
+    loader(1).take()
+
+
+def test_a_damaged_shard_of_large_data_is_found_while_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_files, "VERIFY_FIRST", 9999)
+    folder = with_manifest(write_shards(tmp_path, {"train": [5000, 5000]}))
+    flip(folder / SECOND)
+    with pytest.raises(DamagedShard, match=f"{SECOND} is damaged"):
+        take_until_error(Loader(open_windows(folder, 16), 128, 4, world(0, 1)))
+
+
+def touch(path: Path):
+    os.utime(path)
+
+
+def replace_by_the_same(path: Path):
+    new = path.with_name("new")
+    new.write_bytes(path.read_bytes())
+    os.replace(new, path)
+
+
+@pytest.mark.parametrize("change", [touch, replace_by_the_same])
+def test_the_same_bytes_are_no_other_shard(tmp_path, monkeypatch, change):
+    """A second default run, rsync, touch: with a manifest the content decides, not the file."""
+    monkeypatch.setattr(shards, "CHECK_SECONDS", 0.0)
+    folder = with_manifest(write_shards(tmp_path, {"train": [1000, 500]}))
+    w = open_windows(folder, 16)
+    expected = read_epoch(w, 0)
+    change(folder / SECOND)
+    scans = []
+    monkeypatch.setattr(
+        shard_files, "scan", lambda shard, scan=shard_files.scan: scans.append(1) or scan(shard)
+    )
+    assert np.array_equal(read_epoch(w, 0), expected) and len(scans) == 1  # and then it is known
+    flip(folder / SECOND)
+    with pytest.raises(DamagedShard, match="was replaced or rewritten") as e:
+        read_epoch(w, 0)
+    assert e.value.since == math.inf  # what was read before is right
 
 
 def test_hashes_are_compared_at_leisure(tmp_path, monkeypatch):
