@@ -467,8 +467,10 @@ def begin(out: str, data: Dataset, source: str = "") -> Job:
         manifest = read_manifest(out)
         damage = "is missing" if shards and not manifest else ""
     except UserError as e:
+        if not os.path.isfile(os.path.join(out, "manifest.json")):  # a folder
+            raise
         manifest = {}
-        damage = str(e).partition("; hint:")[0]
+        damage = f"is damaged ({str(e).partition('; hint:')[0]})"
     if "dataset" in manifest and shards:
         job = resume(out, manifest)
         refuse_changes(job, data, source)
@@ -480,7 +482,7 @@ def begin(out: str, data: Dataset, source: str = "") -> Job:
         if damage and ours:
             rebuild(job, source)
             done = len(files) - len(job.todo())
-            say(f"{out}/manifest.json: {damage}; rebuilt, {done} of {len(files)} files are done")
+            say(f"{out}: manifest.json {damage}; rebuilt, {done} of {len(files)} files are done")
     if job.todo() or damage:
         job.write()
     return job
@@ -848,10 +850,10 @@ def lock(descriptor: int, out: str, wait: bool):
 
 def cannot_write(path: str, e: OSError) -> UserError:
     """Return the UserError for an OSError of writing."""
-    return UserError(
-        f"cannot write to {path}: {e.strerror or e}; hint: make room and run this again, or "
-        "--out elsewhere, on a disk with room"
-    )
+    hint = "--out elsewhere, where files may be written"
+    if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        hint = "make room and run this again, or --out elsewhere, on a disk with room"
+    return UserError(f"cannot write to {path}: {e.strerror or e}; hint: {hint}")
 
 
 def summary(records: list[dict]) -> str:

@@ -871,6 +871,44 @@ def fineweb_copy(files: dict[str, bytes], tmp_path: Path) -> Path:
     return tmp_path / "copy"
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.pop("sources"),
+        lambda m: m.pop("commit"),
+        lambda m: m.update(sources=[5]),
+        lambda m: m.update(sources=[{"shards": ["gone.npy"]}]),
+        lambda m: m["dataset"].update(of="another version"),
+        lambda m: m.update(dataset=5),
+    ],
+)
+def test_a_manifest_of_another_kind_is_named_and_can_be_rebuilt(source, tmp_path, change):
+    """As its hint says."""
+    out, manifest = tmp_path / "out", tmp_path / "out" / "manifest.json"
+    expected = fineweb(out, source)
+    content = json.loads(manifest.read_text())
+    change(content)
+    manifest.write_text(json.dumps(content))
+    assert "manifest.json: " in (message := fineweb_error(out, source))
+    assert "hint: remove it, and run this again: it is rebuilt from the shards" in message
+    manifest.unlink()
+    assert shards_of(fineweb(out, source)) == shards_of(expected)
+
+
+@pytest.mark.parametrize("command", ["files", "fineweb-edu", "shakespeare"])
+def test_a_manifest_that_is_a_folder_is_named(source, tmp_path, command, text):
+    text.write_text(PROSE)
+    out = tmp_path / "out"
+    (out / "manifest.json").mkdir(parents=True)
+    if command == "files":
+        message = error((str(text),), str(out))
+    elif command == "fineweb-edu":
+        message = fineweb_error(out, source)
+    else:
+        message = error_of(prepare.shakespeare, str(out))
+    assert "manifest.json" in message or "Is a directory" in message
+
+
 @pytest.mark.parametrize("other", ["text", "count", "nothing whole"])
 def test_shards_of_something_else_are_not_taken_for_a_lost_data_set(source, tmp_path, other):
     """Other people's shards have the same names: build-nanogpt's, of one long numbering."""
