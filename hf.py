@@ -599,7 +599,7 @@ def last_evaluation(saved: Checkpoint, cfg: dict) -> dict:
     last = {}
     try:
         for record in read_metrics(run_dir):
-            if "val/loss" in record and record["step"] <= saved.step:
+            if record.get("val/loss") is not None and record["step"] <= saved.step:
                 last = record
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(

@@ -94,12 +94,13 @@ class Records:
         try:
             make_directory(cfg.run_dir)
             self.log.open(cfg.run_dir, self.start_step, self.kept_lines)
-            (cfg.run_dir / "finished.json").unlink(missing_ok=True)
+            for mark in ("finished.json", "diverged.json"):
+                (cfg.run_dir / mark).unlink(missing_ok=True)
             write_json(cfg.run_dir / "config.json", dataclasses.asdict(cfg))
             self.write_environment(machine)
         except OSError as e:
             raise UserError(
-                f"cannot write to {cfg.run_dir}: {one_line(e)}; "
+                f"cannot write to {cfg.run_dir}: {e.strerror or one_line(e)}; "
                 f"hint: --log_dir chooses another place, or {remedy(e, cfg.run_dir)}"
             ) from e
 
@@ -313,11 +314,14 @@ class Records:
         say(f"           python {next_command}")
 
     def close(self, finished: bool):
-        """Close the log; if finished, write finished.json. What a run can do without comes last."""
+        """Close the log, mark how the run ended. What it can do without comes last."""
         self.log.close()
         if self.saver:
             if finished:
-                mark_finished(self.cfg, self.val_loss)
+                content = {"step": self.cfg.max_steps, "val_loss": self.val_loss}
+                write_mark(self.cfg, "finished.json", content)
+            elif isinstance(self.stop.error, Diverged):
+                write_mark(self.cfg, "diverged.json", {"error": str(self.stop.error)})
             self.draw_curves()
         self.give_back()
 
@@ -539,12 +543,12 @@ def data_of_run(windows: shards.Windows, fingerprint: str) -> shards.Windows | N
     return shards.Windows(first, windows.T, windows.data_order, windows.seed, windows.vocab_size)
 
 
-def mark_finished(cfg: TrainConfig, val_loss: float):
-    """Write finished.json, which scripts can test for (torchrun's exit status does not tell)."""
+def write_mark(cfg: TrainConfig, name: str, content: dict):
+    """Write how a run ended, for scripts to test for: torchrun's exit status does not tell."""
     try:
-        write_json(cfg.run_dir / "finished.json", {"step": cfg.max_steps, "val_loss": val_loss})
+        write_json(cfg.run_dir / name, content)
     except OSError as e:
-        say(f"finished.json not written: {one_line(e)}")
+        say(f"{name} not written: {one_line(e)}")
 
 
 def finished_loss(cfg: TrainConfig) -> float | None:

@@ -31,6 +31,9 @@ python train_gpt2.py "$preset" --data_root "$data" --dry_run True
 # The exit status does not tell whether the run is finished, either; finished.json does.
 launches=0
 until [ -e "$run/finished.json" ]; do
+    if [ -e "$run/diverged.json" ] && [ "$launches" -gt 0 ]; then
+        exit 3 # to NaN; another launch would end the same
+    fi
     launches=$((launches + 1))
     if [ "$launches" -gt 100 ]; then
         echo "error: not finished after 100 launches; hint: the messages above" >&2

@@ -133,6 +133,22 @@ def test_gpt2_4xh100_ends_at_a_mistake(tmp_path):
     assert "error: " in done.stderr and "hint: " in done.stderr
 
 
+@pytest.mark.slow
+def test_gpt2_4xh100_ends_when_the_run_diverges(tmp_path):
+    """After one launch: each would end the same, and cost what a GPU costs."""
+    data = write_shards(tmp_path / "data", {"train": [6000], "val": [2000]})
+    diverging = [*SMALL, "--max_lr", "1e20", "--min_lr", "0", "--warmup_steps", "0"]
+    options = {"train_gpt2.py": diverging, "prepare.py": ["--help"], "audit.py": ["--help"]}
+    env = replace_programs(tmp_path / "bin", options) | {"DATA": str(data), "GPUS": "1"}
+    clone = repository(tmp_path / "clone")
+    done = bash("gpt2_4xh100.sh", cwd=clone, env=env)
+    assert done.returncode == 3, done.stderr[-3000:]
+    assert done.stdout.count("warm-up | compiling") + done.stdout.count("step 1/") == 1
+    run_dir = clone / "log" / "gpt2-rope"
+    assert "is nan at step" in json.loads((run_dir / "diverged.json").read_text())["error"]
+    assert not (run_dir / "finished.json").exists()
+
+
 SRUN = """
 for i in $(seq 0 $((SLURM_NTASKS - 1))); do
     SLURM_PROCID=$i SLURM_LOCALID=$i "$@" &
