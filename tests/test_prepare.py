@@ -1193,6 +1193,12 @@ def test_full_disks_are_not_waited_for():
     assert prepare.may_pass(RuntimeError("Task error: CAS Client Error: error sending request"))
 
 
+def test_nothing_waits_for_a_download_that_nobody_needs_any_more():
+    """After an error in the file before, or Ctrl-C: it may be waiting for the hub."""
+    code = "import prepare, threading; prepare.in_background(threading.Event().wait); exit(3)"
+    assert run("-c", code, timeout=30).returncode == 3
+
+
 def test_which_files_are_taken():
     def names(folder, *listed):
         listed = [dict(name=name) for name in listed]
