@@ -163,6 +163,9 @@ def load_items(path: Path, protocol: Protocol = "gpt2", limit: int = 0) -> Items
     return items.spread(limit)
 
 
+LARGEST = 1_000_000_000  # characters of a file; the validation set has 12 million
+
+
 def read_items(path: Path) -> list[dict]:
     """Read a jsonl or jsonl.gz file, skipping blank lines. Raises UserError naming a wrong line."""
     opener = gzip.open if path.suffix == ".gz" else open
@@ -172,7 +175,9 @@ def read_items(path: Path) -> list[dict]:
     place = ""
     try:
         with opener(path, "rt", encoding="utf-8-sig") as f:
-            lines = f.read().split("\n")
+            lines = f.read(LARGEST).split("\n")
+            if f.read(1):
+                raise ValueError(f"more than {LARGEST:,} characters")
         for number, line in enumerate(lines, 1):
             place = f", line {number}"
             if line.strip():
@@ -474,7 +479,7 @@ class Scoring:
         """Print the result and write it to `out`. Raises UserError."""
         if self.limit < 0:
             raise UserError(f"limit is {self.limit}, must not be negative; hint: --limit 1000")
-        if self.data and not Path(self.data).exists():
+        if self.data and not Path(self.data).is_file():
             raise UserError(f"no such file: {self.data}; hint: --data FILE")
         path = Path(self.data) if self.data else fetch_items()
         if path is None:

@@ -15,31 +15,40 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import tyro
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from config import TrainConfig
 from model import GPT, GPTConfig
 from runtime import checkpoint
-from runtime.checkpoint import Checkpoint
+from runtime.checkpoint import FLOATS, Checkpoint
 from runtime.command_line import (
     PathText,
     UserError,
     near,
     one_line,
     parse_command,
+    printable,
     run_script,
     say,
 )
 from runtime.files import atomic, remedy
 from runtime.runlog import read_metrics
-from tokenizer import EOT, N_VOCAB, added_tokens, hugging_face_files, tokenizer_difference
+from tokenizer import (
+    EOT,
+    N_VOCAB,
+    added_tokens,
+    hugging_face_files,
+    read_json,
+    tokenizer_difference,
+)
 
 # OpenAI's four sizes, each at a fixed commit: a name always means the same weights.
 REVISIONS = {
@@ -124,8 +133,15 @@ def read_shape(where: str) -> GPTConfig:
 def has_checkpoint(where: str) -> bool:
     """Tell whether a path is a run, a checkpoint or a directory of checkpoints."""
     path = Path(where)
-    is_checkpoint = os.path.exists(path / "state.json")
-    return is_checkpoint or bool(checkpoint.steps(path / "ckpt") or checkpoint.steps(path))
+    try:
+        is_checkpoint = os.path.exists(path / "state.json")
+        return is_checkpoint or bool(checkpoint.steps(path / "ckpt") or checkpoint.steps(path))
+    except OSError as e:
+        raise unreadable(where, e) from e
+
+
+def unreadable(path: str | Path, e: OSError) -> UserError:
+    return UserError(f"{path} cannot be read ({one_line(e)}); hint: may you read it?")
 
 
 def load_checkpoint(saved: Checkpoint) -> GPT:
@@ -146,25 +162,38 @@ def stored_shape(saved: Checkpoint) -> GPTConfig:
     try:
         config = GPTConfig(**saved.state["gpt_config"])
         check_config(config)
-        return config
     except (KeyError, TypeError, ValueError) as e:
         raise UserError(
             f"{saved.path} is not of this model ({one_line(e)}); "
             "hint: use the version that wrote it"
         ) from e
+    return config
+
+
+# Above every model there is, and small enough for shapes to be computed.
+LARGEST = dict.fromkeys(("n_layer", "n_head", "vocab_size", "block_size"), 2**31) | {
+    "n_embd": 2**24
+}
 
 
 def check_config(config: GPTConfig):
-    """Raise ValueError for values of a GPTConfig that no model has."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        kind = type(field.default)
-        if type(value) is not kind or (kind is int and value < 1):
-            raise ValueError(f"{field.name} is {value!r}")
+    """Raise ValueError for a shape that no model can have."""
+    for name, largest in LARGEST.items():
+        value = getattr(config, name)
+        if type(value) is not int or not 0 < value < largest:
+            raise ValueError(
+                f"{name} {value!r}, expected a whole number above 0, below {largest:,}"
+            )
+    for name in ("use_rope", "use_swiglu"):
+        if type(getattr(config, name)) is not bool:
+            raise ValueError(f"{name} {getattr(config, name)!r}, expected true or false")
     if config.arch not in ("gpt2", "modern"):
-        raise ValueError(f"arch is {config.arch!r}")
+        raise ValueError(f"arch {config.arch!r}, expected gpt2 or modern")
     if config.n_embd % (config.n_head * (2 if config.rotary else 1)):
-        raise ValueError(f"n_embd is {config.n_embd}, n_head {config.n_head}")
+        raise ValueError(
+            f"n_embd {config.n_embd}, expected a multiple of n_head {config.n_head}"
+            f"{', heads of even width' if config.rotary else ''}"
+        )
 
 
 def check_shape(saved: Checkpoint):
@@ -172,25 +201,11 @@ def check_shape(saved: Checkpoint):
 
     Raises UserError where they differ: its config may ask for any amount of memory.
     """
-    config = stored_shape(saved)
-    actual = checkpoint.weight_shapes(saved)
-    expected = {}
-    if config.n_layer <= len(actual):
-        try:
-            with torch.device("meta"):
-                expected = {key: tuple(w.shape) for key, w in GPT(config).state_dict().items()}
-        except (RuntimeError, TypeError, OverflowError) as e:  # sizes beyond 64 bits
-            raise UserError(
-                f"{saved.path} is not of this model ({one_line(e)}); hint: another checkpoint"
-            ) from e
-    if actual != expected:
-        keys = sorted(actual.keys() | expected.keys())
-        key = next(key for key in keys if actual.get(key) != expected.get(key))
-        raise UserError(
-            f"{saved.path / 'model.safetensors'} does not fit state.json: {key} is "
-            f"{actual.get(key, 'missing')}, expected {expected.get(key, 'no such weight')}; "
-            "hint: another checkpoint"
-        )
+    headers = {
+        key: Header(shape, FLOATS[0]) for key, shape in checkpoint.weight_shapes(saved).items()
+    }
+    hint = "hint: use the version that wrote it, or an older checkpoint"
+    shape_only(stored_shape(saved), headers, str(saved.path), hint)
 
 
 def newest_run(log_dir: str = "log") -> str:
@@ -201,8 +216,7 @@ def newest_run(log_dir: str = "log") -> str:
             f"no run with a checkpoint in {log_dir}/; "
             "hint: python train_gpt2.py first, or --model PATH"
         )
-    newest = max(states, key=time_written)
-    return str(newest.parents[2])
+    return str(max(states, key=time_written).parents[2])
 
 
 def time_written(path: Path) -> float:
@@ -225,32 +239,26 @@ def from_pretrained(name_or_folder: str) -> GPT:
     folder = find_folder(name_or_folder)
     config = read_config(folder)
     check_vocabulary(folder, config)
-    weights = read_weights(folder)
-    with torch.device("meta"):  # shapes only: no random weights are drawn
-        model = GPT(config)
-    expected = {key: tuple(p.shape) for key, p in model.state_dict().items()}
-    actual = {key: tuple(w.shape) for key, w in weights.items()}
-    wrong = [
-        f"{key} {actual.get(key, 'missing')}, expected {expected.get(key, 'no such weight')}"
-        for key in sorted(expected.keys() | actual.keys())
-        if expected.get(key) != actual.get(key)
-    ]
-    if wrong:
-        raise UserError(
-            f"weights in {folder} do not fit its config.json: {'; '.join(wrong[:3])} "
-            f"({len(wrong)} such); hint: take both files from one GPT2LMHeadModel.save_pretrained"
-        )
-    model.load_state_dict(weights, assign=True)
-    return model
+    paths = weight_files(folder)
+    hint = "hint: take both files from one GPT2LMHeadModel.save_pretrained"
+    headers = our_names(read_headers(paths), lambda shape: shape[::-1])
+    head = headers.pop("lm_head.weight", None)
+    if head not in (None, headers.get("wte.weight")):
+        raise untied(folder)
+    model = shape_only(config, headers, f"{folder}: config.json", hint)
+    return fill(model, read_weights(folder, paths), str(folder))
 
 
 def find_folder(name_or_folder: str) -> Path:
     """Return the folder with config.json and weights. Raises UserError when there is none."""
     folder = Path(name_or_folder)
-    if not folder.exists():
-        return fetch_from_hub(name_or_folder.removeprefix("openai-community/"))
-    if not any((folder / f"model.safetensors{end}").exists() for end in ("", ".index.json")):
-        raise UserError(missing_weights(folder))
+    try:
+        if not folder.exists():
+            return fetch_from_hub(name_or_folder.removeprefix("openai-community/"))
+        if not any((folder / f"model.safetensors{end}").exists() for end in ("", ".index.json")):
+            raise UserError(missing_weights(folder))
+    except OSError as e:
+        raise unreadable(folder, e) from e
     return folder
 
 
@@ -337,20 +345,18 @@ def read_config(folder: Path) -> GPTConfig:
     Raises UserError listing everything that model.py does not compute, with both values.
     """
     try:
-        c = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        c = read_json(folder / "config.json")
         if c["model_type"] != "gpt2":
             raise ValueError(f"model_type {c['model_type']!r}, expected 'gpt2'")
         same_names = ("vocab_size", "n_layer", "n_head", "n_embd")
-        shape = {name: int(c[name]) for name in same_names}
-        config = GPTConfig(block_size=int(c["n_positions"]), **shape)
+        config = GPTConfig(block_size=c["n_positions"], **{name: c[name] for name in same_names})
+        check_config(config)
         wrong = [
             f"{key} {c[key]!r}, expected {' or '.join(map(repr, accepted))}"
             for key, accepted in (REPRESENTABLE | {"n_inner": (None, 4 * config.n_embd)}).items()
             if c.get(key, accepted[0]) not in accepted
         ]
-        if config.n_embd % config.n_head:
-            wrong.append(f"n_embd {config.n_embd}, expected a multiple of n_head {config.n_head}")
-    except (OSError, ArithmeticError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(
             f"{folder / 'config.json'} is not that of a GPT-2 ({one_line(e)}); "
             f"hint: {', '.join(REVISIONS)} or a folder that GPT2LMHeadModel.save_pretrained wrote"
@@ -363,37 +369,141 @@ def read_config(folder: Path) -> GPTConfig:
     return config
 
 
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the weights under model.py's names, float32. Large models come in several files."""
-    path = folder / "model.safetensors.index.json"
-    stored = {}
+# --------------------------------------------------------------------------------------------------
+# safetensors: headers first, so that nothing is built that the files do not hold
+
+
+class Header(NamedTuple):
+    """What a file says of a weight."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return a folder's safetensors: large models come in several. Raises UserError."""
+    index = folder / "model.safetensors.index.json"
+    names = {"model.safetensors"}
     try:
-        parts = ["model.safetensors"]
-        if path.exists():
-            parts = json.loads(path.read_text())["weight_map"].values()
-        for path in sorted({folder / Path(part).name for part in parts}):
-            for key, w in load_file(path).items():
-                stored[key.removeprefix("transformer.")] = w
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        if index.exists():
+            names = set(read_json(index)["weight_map"].values())
+            outside = [name for name in names if not isinstance(name, str) or "/" in name]
+            if outside:
+                raise ValueError(f"it names {outside[0]!r}, which is not a file beside it")
+            missing = [name for name in names if not (folder / name).is_file()]
+            if missing:
+                raise ValueError(f"{len(missing)} of its files are missing, such as {missing[0]}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(
-            f"{path} cannot be read ({one_line(e)}); hint: copy it again, or write it anew: "
-            "GPT2LMHeadModel.from_pretrained(OLD).save_pretrained(NEW)"
+            f"{index} cannot be read ({one_line(e)}); hint: copy it and its files again"
         ) from e
-    head = stored.pop("lm_head.weight", None)
-    if head is not None and not torch.equal(head, stored.get("wte.weight", head)):
+    return sorted(folder / name for name in names)
+
+
+def read_headers(paths: list[Path]) -> dict[str, Header]:
+    """Return shape and type of each weight by its name, without reading the weights."""
+    headers = {}
+    for path in paths:
+        with reading(path), safe_open(path, "pt") as f:
+            for key in f.keys():  # noqa: SIM118  not a dict
+                part = f.get_slice(key)
+                headers[key] = Header(tuple(part.get_shape()), part.get_dtype())
+    return headers
+
+
+@contextmanager
+def reading(path: Path):
+    """Raise a UserError for what goes wrong inside the block, where a safetensors file is read."""
+    try:
+        if not path.is_file():  # a pipe would never end
+            raise FileNotFoundError("no regular file")
+        yield
+    except (SafetensorError, OSError) as e:
         raise UserError(
-            f"the lm_head.weight in {folder} differs from its wte.weight, expected one matrix for "
-            f"both; hint: {', '.join(REVISIONS)} have a tied head"
-        )
-    weights = {}
-    for key, w in stored.items():
+            f"{path} cannot be read ({one_line(e)}); hint: copy it again; a checkpoint: an older "
+            "one; or write it anew: GPT2LMHeadModel.from_pretrained(OLD).save_pretrained(NEW)"
+        ) from e
+
+
+def our_names(theirs: dict, transposed: Callable) -> dict:
+    """Return what is known of weights under model.py's names, turned where Conv1D is."""
+    ours = {}
+    for key, content in theirs.items():
+        key = key.removeprefix("transformer.")
         if key.endswith((".attn.bias", ".attn.masked_bias")):
             continue  # the causal mask, which older files store
         if key.endswith(TRANSPOSED):
-            w = w.t()
-        # a copy: load_file memory-maps the file, and reading it after it shrank is a crash
-        weights[key] = torch.empty(w.shape).copy_(w)
-    return weights
+            if isinstance(content, Header):
+                content = content._replace(shape=transposed(content.shape))
+            else:
+                content = transposed(content)
+        ours[key] = content
+    return ours
+
+
+def shape_only(config: GPTConfig, headers: dict[str, Header], source: str, hint: str) -> GPT:
+    """Return a model without memory for weights, when it is one that the headers describe.
+
+    Raises UserError for weights that are missing, too many, of another shape, or no floats.
+    """
+    layers = {key.split(".")[1] for key in headers if key.startswith("h.")}
+    if len(layers) != config.n_layer:
+        raise UserError(
+            f"{source} says n_layer {config.n_layer}, the weights have {len(layers)} layers; {hint}"
+        )
+    with torch.device("meta"):  # no random weights are drawn
+        model = GPT(config)
+    expected = {key: tuple(p.shape) for key, p in model.state_dict().items()}
+    wrong = []
+    for key in sorted(expected.keys() | headers.keys()):
+        shape = headers[key].shape if key in headers else "missing"
+        if shape != expected.get(key):
+            wrong.append(f"{key} {shape}, expected {expected.get(key, 'no such weight')}")
+        elif headers[key].dtype not in FLOATS:
+            wrong.append(f"{key} {headers[key].dtype}, expected {' or '.join(FLOATS)}")
+    if wrong:
+        raise UserError(
+            f"{source} does not fit the weights: {'; '.join(wrong[:3])} ({len(wrong)} such); {hint}"
+        )
+    return model
+
+
+def read_weights(folder: Path, paths: list[Path]) -> dict[str, torch.Tensor]:
+    """Return the weights of a Hugging Face GPT-2 under model.py's names, float32."""
+    stored = {}
+    for path in paths:
+        with reading(path):
+            stored |= load_file(path)
+    stored = our_names(stored, torch.t)
+    head = stored.pop("lm_head.weight", None)
+    if head is not None and not torch.equal(head, stored["wte.weight"]):
+        raise untied(folder)
+    return {key: copied(w) for key, w in stored.items()}
+
+
+def untied(folder: Path) -> UserError:
+    """Return the error for a head that is a matrix of its own."""
+    return UserError(
+        f"the lm_head.weight in {folder} differs from its wte.weight, expected one matrix for "
+        f"both; hint: {', '.join(REVISIONS)} have a tied head"
+    )
+
+
+def copied(w: torch.Tensor) -> torch.Tensor:
+    """Return a float32 copy: load_file memory-maps, and reading a file that shrank is a crash."""
+    return torch.empty(w.shape).copy_(w)
+
+
+def fill(model: GPT, weights: dict[str, torch.Tensor], source: str) -> GPT:
+    """Give a model its weights. Raises UserError when some are NaN or infinite."""
+    bad = [key for key, w in weights.items() if not torch.isfinite(w).all()]
+    if bad:
+        raise UserError(
+            f"{source} has NaN or infinite weights ({bad[0]}, {len(bad)} of {len(weights)}); "
+            "hint: an older checkpoint, or another copy"
+        )
+    model.load_state_dict(weights, assign=True)
+    return model
 
 
 # --------------------------------------------------------------------------------------------------
@@ -554,15 +664,27 @@ def model_card(saved: Checkpoint, c: GPTConfig, architecture: str, parameters: i
         f"{c.n_embd} wide, {positions} positions, context of {c.block_size} tokens"
     }
     title = "GPT-2"
-    if "config" in saved.state:
-        cfg = dataclasses.asdict(TrainConfig()) | saved.state["config"]
-        title = cfg["run_name"]
-        rows |= training_rows(saved, cfg)
-    else:  # hf.py import
-        rows["weights"] = f"from {Path(saved.state.get('source', '?')).name}"
-    rows["written by"] = ", ".join(f"{k} {v}" for k, v in saved.state["versions"].items())
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    return CARD.format(title=title, architecture=architecture, rows=table)
+    try:
+        if "config" in saved.state:
+            cfg = dataclasses.asdict(TrainConfig()) | saved.state["config"]
+            title = cfg["run_name"]
+            rows |= training_rows(saved, cfg)
+        else:  # hf.py import
+            rows["weights"] = f"from {Path(saved.state.get('source', '?')).name}"
+        rows["written by"] = ", ".join(f"{k} {v}" for k, v in saved.state["versions"].items())
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise UserError(
+            f"{saved.path / 'state.json'} does not say how the model was trained ({one_line(e)}); "
+            "hint: use the version that wrote it"
+        ) from e
+    table = "\n".join(f"| {name} | {as_text(value)} |" for name, value in rows.items())
+    return CARD.format(title=as_text(title), architecture=architecture, rows=table)
+
+
+def as_text(value) -> str:
+    """Return what others have written as one line of Markdown, without control characters."""
+    line = printable(" ".join(str(value).split()))
+    return line.replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
 
 
 def training_rows(saved: Checkpoint, cfg: dict) -> dict[str, str]:

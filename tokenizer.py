@@ -119,6 +119,21 @@ def merge_lines() -> list[str]:
     return VOCAB_BPE.read_text(encoding="utf-8").splitlines()[1:]
 
 
+def read_json(path: Path, largest: int = 100_000_000):
+    """Return the content of a JSON file that may come from anywhere.
+
+    Raises ValueError or OSError, also for what is no regular file, and for one of more bytes.
+    """
+    if not path.is_file():  # a pipe or a device would never end
+        raise FileNotFoundError(f"{path} is no regular file")
+    if path.stat().st_size > largest:
+        raise ValueError(f"{path.stat().st_size:,} bytes, expected at most {largest:,}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as e:
+        raise ValueError("nested too deeply") from e
+
+
 # Files of other kinds of tokenizers.
 FOREIGN_FILES = ("vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
@@ -136,16 +151,16 @@ def tokenizer_difference(folder: Path) -> str:
         if not path.exists():
             continue
         try:
-            text = path.read_text(encoding="utf-8")
             difference = ""
             if name == "merges.txt":
+                text = path.read_text(encoding="utf-8") if path.is_file() else ""
                 lines = [line for line in text.split("\n") if line.strip()]
                 merges = lines[1:] if lines[0].startswith("#version") else lines
                 difference = merges_difference(merges)
             elif name == "vocab.json":
-                difference = vocab_difference(json.loads(text))
+                difference = vocab_difference(read_json(path))
             else:
-                content = json.loads(text)
+                content = read_json(path)
                 merges = [
                     m if isinstance(m, str) else " ".join(m) for m in content["model"]["merges"]
                 ]
@@ -185,7 +200,7 @@ def added_tokens(folder: Path) -> dict[str, int]:
     added = {}
     for name in ("added_tokens.json", "tokenizer.json", "tokenizer_config.json"):
         try:
-            content = json.loads((folder / name).read_text(encoding="utf-8"))
+            content = read_json(folder / name)
             if name == "added_tokens.json":
                 added |= content
             elif name == "tokenizer.json":

@@ -8,7 +8,9 @@ ones, and the hub is a stand-in.
 import dataclasses
 import gzip
 import json
+import os
 import shutil
+import time
 
 import huggingface_hub
 import nbclient
@@ -373,9 +375,15 @@ def test_load_refuses_files_and_unknown_names(tmp_path):
         (dict(tie_word_embeddings=False), "tie_word_embeddings False, expected True"),
         (dict(model_type="llama"), "model_type 'llama', expected 'gpt2'"),
         (dict(n_head=5), "n_embd 48, expected a multiple of n_head 5"),
-        (dict(n_head=0), "ZeroDivisionError"),
-        (dict(n_layer="many"), "ValueError"),
-        (dict(n_embd=None), "TypeError"),
+        (dict(n_head=0), "n_head 0, expected a whole number above 0"),
+        (dict(n_layer="many"), "n_layer 'many', expected a whole number above 0"),
+        (dict(n_embd=None), "n_embd None, expected a whole number above 0"),
+        (dict(n_embd=-16), "n_embd -16, expected a whole number above 0"),
+        (dict(n_layer=True), "n_layer True, expected a whole number above 0"),
+        (dict(n_positions=16.0), "block_size 16.0, expected a whole number above 0"),
+        (dict(n_layer=10**7), "says n_layer 10000000, the weights have 2 layers"),
+        (dict(vocab_size=10**9), "wte.weight (97, 48), expected (1000000000, 48)"),
+        (dict(vocab_size=10**100), "expected a whole number above 0"),
     ],
 )
 def test_config_that_model_py_cannot_represent(copied, changes, named):
@@ -394,9 +402,9 @@ def test_weights_that_do_not_fit_the_config(copied):
     message = refusal(copied)
     assert "h.0.attn.c_attn.bias (144,), expected (288,)" in message and "(28 such)" in message
     edit_config(copied, n_embd=48, n_layer=3)
-    assert "h.2.attn.c_attn.bias missing, expected (144,)" in refusal(copied)
+    assert "says n_layer 3, the weights have 2 layers" in refusal(copied)
     edit_config(copied, n_layer=1)
-    assert "h.1.attn.c_attn.bias (144,), expected no such weight" in refusal(copied)
+    assert "says n_layer 1, the weights have 2 layers" in refusal(copied)
 
 
 def test_weights_left_out_or_with_another_head(copied):
@@ -409,6 +417,71 @@ def test_weights_left_out_or_with_another_head(copied):
     assert "ln_f.bias missing, expected (48,)" in refusal(copied)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_without_a_value(copied, value):
+    """Whatever would come of them: neither folders nor checkpoints are loaded."""
+
+    def edit(weights):
+        weights["transformer.h.1.ln_1.bias"][3] = value
+        return weights
+
+    edit_weights(copied, edit)
+    assert "NaN or infinite weights (h.1.ln_1.bias, 1 of 28)" in refusal(copied)
+    model = make_model(vocab_size=97, use_rope=True)
+    with torch.no_grad():
+        model.wte.weight[3, 3] = value
+    path = save(model, copied / "run")
+    with pytest.raises(UserError, match="NaN or infinite weights .wte.weight, 1 of .*hint: "):
+        hf.load(str(path))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.int8, torch.uint16, torch.complex64, torch.float8_e4m3fn]
+)
+def test_weights_of_other_types(copied, dtype):
+    key = "transformer.ln_f.bias"
+    edit_weights(copied, lambda w: w | {key: w[key].to(dtype)})
+    assert "ln_f.bias" in refusal(copied) and "expected F64 or F32" in refusal(copied)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "vocab.json"])
+def test_pipes_and_devices_are_no_files(copied, name):
+    """A pipe that nobody writes would be read for ever, as would a device."""
+    (copied / name).unlink(missing_ok=True)
+    os.mkfifo(copied / name)
+    assert name in refusal(copied) and "no regular file" in refusal(copied)
+    (copied / name).unlink()
+    (copied / name).symlink_to("/dev/zero")
+    assert "no regular file" in refusal(copied)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(n_layer=10**6), "says n_layer 1000000, the weights have 2 layers"),
+        (dict(vocab_size=10**9), r"wte.weight \(97, 48\), expected \(1000000000, 48\)"),
+        (dict(block_size=10**10), "block_size 10000000000, expected a whole number"),
+        (dict(n_head=0), "n_head 0, expected a whole number above 0"),
+        (dict(n_head=5), "expected a multiple of n_head 5, heads of even width"),
+        (dict(n_head=48), "expected a multiple of n_head 48, heads of even width"),
+        (dict(n_embd=-16), "n_embd -16"),
+        (dict(use_swiglu="yes"), "use_swiglu 'yes', expected true or false"),
+        (dict(arch="evil"), "arch 'evil', expected gpt2 or modern"),
+        (dict(softcap=30), "softcap"),
+    ],
+)
+def test_checkpoints_whose_shape_is_not_that_of_their_weights(tmp_path, changes, words):
+    """Refused before anything of that size is built: within the time of reading a header."""
+    model = make_model(vocab_size=97, use_rope=True)
+    state = {"gpt_config": dataclasses.asdict(model.config) | changes}
+    tensors = {"model.safetensors": model.state_dict()}
+    checkpoint.write(tmp_path / "ckpt", 3, tensors, state)
+    started = time.perf_counter()
+    with pytest.raises(UserError, match=f"{words}.*; hint: "):
+        hf.load(str(tmp_path))
+    assert time.perf_counter() - started < 5
+
+
 @pytest.mark.parametrize("size", [0, 7, 1000, -1])
 def test_truncated_weights(copied, size):
     path = copied / "model.safetensors"
@@ -416,14 +489,23 @@ def test_truncated_weights(copied, size):
     assert str(path) in refusal(copied)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", "[" * 100_000, "\xff"])
 def test_damaged_config(copied, text):
     (copied / "config.json").write_text(text)
     assert "config.json" in refusal(copied)
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"weight_map": {"a": 1}}', '{"weight_map": {"a": "no.safetensors"}}']
+    "text",
+    [
+        "{",
+        "[]",
+        '{"weight_map": {"a": 1}}',
+        '{"weight_map": {"a": "no.safetensors"}}',
+        '{"weight_map": {"a": "../copied/model.safetensors"}}',
+        json.dumps({"weight_map": {str(i): f"{i}.safetensors" for i in range(10**5)}}),
+    ],
+    ids=range(6),
 )
 def test_damaged_index(copied, text):
     (copied / "model.safetensors.index.json").write_text(text)
@@ -670,6 +752,53 @@ def test_the_card_gives_the_evaluation_of_the_checkpoint(tmp_path):
     (tmp_path / "r" / "metrics.jsonl").write_text("{\n")
     with pytest.raises(UserError, match="metrics.jsonl cannot be read.*hint: "):
         hf.export(str(tmp_path / "r"), str(tmp_path / "again"))
+
+
+def test_the_card_is_one_of_ours_whatever_the_run_is_called(tmp_path):
+    """Names of others stay in their cell: no line, no column, no tag and no escape of theirs."""
+    name = "---\nlicense: x\n---\n# a|b <script> \x1b]0;x\x07"
+    config = dict(log_dir=str(tmp_path), run_name=name, data_root=name, ckpt_dir="")
+    save(make_model(vocab_size=97), tmp_path / "run", config=config)
+    hf.export(str(tmp_path / "run"), str(tmp_path / "out"))
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    lines = card.splitlines()
+    assert lines.count("---") == 2 and lines.index("---", 1) == 3
+    assert sum(line.startswith("# ") for line in lines) == 1
+    assert "<script>" not in card and "\x1b" not in card
+    save(make_model(vocab_size=97), tmp_path / "odd", config=config | {"max_steps": "x"})
+    with pytest.raises(UserError, match="does not say how the model was trained.*hint: "):
+        hf.export(str(tmp_path / "odd"), str(tmp_path / "out2"))
+
+
+def test_a_checkpoint_deleted_while_it_is_read_gives_way_to_the_next(tmp_path, monkeypatch):
+    """As training prunes: the newest one that there is; what stays damaged is still refused."""
+    models = [make_model(vocab_size=97) for _ in range(4)]
+    paths = []
+    for step, model in enumerate(models):
+        with torch.no_grad():
+            model.wte.weight[0] = step
+        state = {"gpt_config": dataclasses.asdict(model.config)}
+        tensors = {"model.safetensors": model.state_dict()}
+        paths.append(checkpoint.write(tmp_path / "all", step, tensors, state))
+    run_dir = tmp_path / "run" / "ckpt"
+    run_dir.mkdir(parents=True)
+    shutil.copytree(paths[0], run_dir / "step_000000")
+    read_headers = hf.read_headers
+
+    def prune(files):
+        """Twice, the newest checkpoint is replaced by a newer one before its weights are read."""
+        (old,) = checkpoint.steps(run_dir)
+        step = checkpoint.step_of(old) + 1
+        if step < 3:
+            shutil.copytree(paths[step], run_dir / paths[step].name)
+            shutil.rmtree(old)
+        return read_headers(files)
+
+    monkeypatch.setattr(hf, "read_headers", prune)
+    assert hf.load(str(tmp_path / "run")).wte.weight[0, 0] == 2
+    (run_dir / "step_000002" / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match="no valid checkpoint"):
+        hf.load(str(tmp_path / "run"))
 
 
 def test_what_export_and_import_refuse(tmp_path, source, monkeypatch):
