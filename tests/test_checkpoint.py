@@ -453,7 +453,7 @@ def test_a_sum_that_overflows_is_no_infinity():
 def test_a_run_that_diverges_in_its_update_is_not_finished(train, tmp_path):
     """The loss of its first step is fine, what the update makes is not: nothing is saved."""
     changes = "--max_lr 1e38 --min_lr 0 --grad_norm_clip 0"
-    with pytest.raises(UserError, match="last checkpoint could not be written.*lower --max_lr"):
+    with pytest.raises(UserError, match="NaN or infinite at step.*lower --max_lr"):
         train("r", changes)
     assert not names(tmp_path / "r" / "ckpt")
     assert not (tmp_path / "r" / "finished.json").exists()
@@ -578,7 +578,9 @@ def test_a_shape_that_is_not_the_weights_own_is_refused_before_anything_is_built
     """Whatever it asks for: within a second, and without the memory."""
     path = sealed({"gpt_config": dataclasses.asdict(TOY) | changes})
     started = time.perf_counter()
-    with pytest.raises(UserError, match="does not fit state.json|is not of this model"):
+    with pytest.raises(
+        UserError, match="does not fit the weights|says n_layer|is not of this model"
+    ):
         hf.load(str(path))
     assert time.perf_counter() - started < 2
 

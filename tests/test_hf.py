@@ -431,7 +431,7 @@ def test_weights_without_a_value(copied, value):
     with torch.no_grad():
         model.wte.weight[3, 3] = value
     path = save(model, copied / "run")
-    with pytest.raises(UserError, match="NaN or infinite weights .wte.weight, 1 of .*hint: "):
+    with pytest.raises(UserError, match="wte.weight is NaN or infinite; hint: "):
         hf.load(str(path))
 
 
@@ -750,8 +750,8 @@ def test_the_card_gives_the_evaluation_of_the_checkpoint(tmp_path):
     assert "4.0000 nats per token, at step 2" in cards[0] and "0.2500 ± 0.0400" in cards[0]
     assert "3 of 19,073 steps" in cards[2] and "nats" not in cards[2]
     (tmp_path / "r" / "metrics.jsonl").write_text("{\n")
-    with pytest.raises(UserError, match="metrics.jsonl cannot be read.*hint: "):
-        hf.export(str(tmp_path / "r"), str(tmp_path / "again"))
+    hf.export(str(tmp_path / "r"), str(tmp_path / "again"))
+    assert "nats" not in (tmp_path / "again" / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_card_is_one_of_ours_whatever_the_run_is_called(tmp_path):
@@ -783,18 +783,18 @@ def test_a_checkpoint_deleted_while_it_is_read_gives_way_to_the_next(tmp_path, m
     run_dir = tmp_path / "run" / "ckpt"
     run_dir.mkdir(parents=True)
     shutil.copytree(paths[0], run_dir / "step_000000")
-    read_headers = hf.read_headers
+    weight_shapes = checkpoint.weight_shapes
 
-    def prune(files):
+    def prune(saved):
         """Twice, the newest checkpoint is replaced by a newer one before its weights are read."""
         (old,) = checkpoint.steps(run_dir)
         step = checkpoint.step_of(old) + 1
         if step < 3:
             shutil.copytree(paths[step], run_dir / paths[step].name)
             shutil.rmtree(old)
-        return read_headers(files)
+        return weight_shapes(saved)
 
-    monkeypatch.setattr(hf, "read_headers", prune)
+    monkeypatch.setattr(checkpoint, "weight_shapes", prune)
     assert hf.load(str(tmp_path / "run")).wte.weight[0, 0] == 2
     (run_dir / "step_000002" / "model.safetensors").write_bytes(b"x")
     with pytest.raises(UserError, match="no valid checkpoint"):
