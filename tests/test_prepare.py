@@ -912,12 +912,17 @@ def test_a_manifest_that_is_a_folder_is_named(source, tmp_path, command, text):
 @pytest.mark.parametrize("other", ["text", "count", "nothing whole"])
 def test_shards_of_something_else_are_not_taken_for_a_lost_data_set(source, tmp_path, other):
     """Other people's shards have the same names: build-nanogpt's, of one long numbering."""
-    expected, out = fineweb(tmp_path / "whole", source), tmp_path / "out"
-    out.mkdir()
-    name = "edufineweb_val_000000.npy"
-    tokens = np.frombuffer(expected[name][128:], np.uint16)
-    tokens = dict(text=tokens[5:-9], count=tokens[:-9])
-    np.save(out / name, tokens.get(other, np.zeros(SHARD, np.uint16)))
+    whole, out = fineweb(tmp_path / "whole", source), tmp_path / "out"
+    names = sorted((name for name in whole if "_000" in name[:-7]), key=lambda name: name[-10:])
+    fineweb_copy({name: whole[name] for name in names}, tmp_path).rename(out)
+    first, last = np.load(out / names[0]), np.load(out / names[-1])
+    if other == "text":
+        first[1:5] = 0
+        np.save(out / names[0], first)
+    elif other == "count":
+        np.save(out / names[-1], np.append(last[1:], np.uint16(tokenizer.EOT)))
+    else:
+        (out / names[-1]).unlink()
     before = listing(out)
     message = fineweb_error(out, source)
     expected = "already holds" if other == "nothing whole" else "not those of sample/10BT/000"
