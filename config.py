@@ -109,7 +109,7 @@ class RecordSettings:
     resume: str = "auto"
     # Weights & Biases; auto = as WANDB_MODE, when logged in
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
-    wandb_project: str = ""  # else WANDB_PROJECT or gpt2-from-scratch
+    wandb_project: str = "gpt2-from-scratch"  # WANDB_PROJECT replaces this default
     # stop after so many consecutive steps with a NaN or infinite loss or gradient (each is skipped)
     max_skipped: int = 10
     accept_new_data: bool = False  # resume although the shards are not those the run began with

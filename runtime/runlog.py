@@ -411,8 +411,11 @@ class Wandb:
                 return
             if mode != "offline":
                 urlopen_once(settings.base_url)
+            project = cfg.wandb_project
+            if settings.project and project == type(cfg).wandb_project:  # the default
+                project = settings.project
             run = wandb.init(
-                project=cfg.wandb_project or settings.project or "gpt2-from-scratch",
+                project=project,
                 name=settings.run_name or cfg.run_name,
                 id=self.id,
                 resume="allow" if self.id else None,
