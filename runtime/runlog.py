@@ -2,14 +2,12 @@
 
 import atexit
 import dataclasses
-import fcntl
 import json
 import math
 import os
 import platform
 import queue
 import re
-import socket
 import ssl
 import subprocess
 import sys
@@ -22,7 +20,8 @@ from pathlib import Path
 import torch
 
 from runtime.command_line import UserError, one_line, say
-from runtime.files import is_running
+from runtime.files import atomic
+from runtime.lock import Lock
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -144,7 +143,7 @@ class RunLog:
         self.end = 0  # byte at which the next line goes
         self.unwritten: list[bytes] = []  # lines that could not be written yet
         self.lock = threading.Lock()  # the thread that saves checkpoints writes, too
-        self.lock_file: Path | None = None  # where the file system has no locks of its own
+        self.directory_lock: Lock | None = None  # of the run directory
 
     def open(self, run_dir: Path, resume_step: int = 0, kept: list[str] | None = None):
         """Open metrics.jsonl and cut it to a step; `kept` are lines that a checkpoint has kept.
@@ -153,7 +152,8 @@ class RunLog:
         """
         path = (run_dir / "metrics.jsonl").resolve()
         self.run_dir, self.path = run_dir, path
-        self.file = self.open_locked(path)
+        self.lock_directory()
+        self.file = open_to_update(path)
         content = self.file.read()
         lines = content.splitlines(keepends=True)
         text = b"".join(line for line in lines if belongs_before(line, resume_step))
@@ -172,59 +172,27 @@ class RunLog:
         self.say_missing(resume_step)
         cut_samples(run_dir / "samples.txt", resume_step)
 
-    def open_locked(self, path: Path):
-        """Open a file for this process alone. Raises UserError when another one has it."""
-        # not "w", which would empty a file that another process has just begun
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+    def lock_directory(self):
+        """Keep the run directory for this process, until close() or its end. Raises UserError."""
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when this process ends
-        except BlockingIOError:
-            file.close()
-            raise another_writes(self.run_dir, "wait for it, or --run_name NEW") from None
-        except OSError:  # a file system without locks
-            self.lock_by_name()
-        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-            file.close()  # replaced by its owner between the two calls
-            return self.open_locked(path)
-        return file
-
-    def lock_by_name(self):
-        """Lock the run directory by a file with the host and number of this process."""
-        path = self.run_dir / "lock"
-        if self.lock_file == path:
-            return
-        own = f"{socket.gethostname()} {os.getpid()}"
-        for _ in range(2):
-            try:
-                with open(path, "x") as f:
-                    f.write(own)
-            except FileExistsError:
-                host, _, pid = path.read_text().partition(" ")
-                if host == socket.gethostname() and pid.isdecimal() and not is_running(int(pid)):
-                    path.unlink(missing_ok=True)  # of a process that was killed
-                    continue
-                hint = f"rm {path} if process {pid} on {host} is gone; --run_name NEW if not"
-                raise another_writes(self.run_dir, hint) from None
-            self.lock_file = path
-            say(f"metrics.jsonl | this file system has no locks, {path} stands for one")
-            return
-        raise another_writes(self.run_dir, "wait for it, or --run_name NEW")
+            self.directory_lock = Lock(self.run_dir)
+        except BlockingIOError as e:
+            raise UserError(
+                f"another process is writing to {self.run_dir} ({e.strerror}); "
+                "hint: wait for it, or --run_name NEW"
+            ) from None
+        if not self.directory_lock.supported:
+            say(
+                f"metrics.jsonl | the file system of {self.run_dir} has no locks: a second launch "
+                "of this run on another machine would not be noticed"
+            )
 
     def rewrite(self, text: bytes):
-        """Replace metrics.jsonl by one with another text, atomically; it stays locked."""
-        temporary = self.path.with_name(f".metrics.jsonl.{os.getpid()}.tmp")
-        temporary.unlink(missing_ok=True)
-        file = self.open_locked(temporary)
-        try:
-            write_all(file, text)
-            os.fsync(file.fileno())
-            os.replace(temporary, self.path)
-        except BaseException:
-            file.close()
-            temporary.unlink(missing_ok=True)
-            raise
+        """Replace metrics.jsonl by one with another text, atomically."""
+        with atomic(self.path) as temporary:
+            temporary.write_bytes(text)
         self.file.close()
-        self.file = file
+        self.file = open_to_update(self.path)
         self.end = len(text)
 
     def say_missing(self, resume_step: int):
@@ -309,20 +277,18 @@ class RunLog:
                 pass  # flush() has said so
 
     def close(self):
-        """Close metrics.jsonl, once."""
-        if self.file is None:
-            return
-        self.sync()
-        if self.unwritten:
-            say(f"metrics.jsonl | its last {len(self.unwritten)} lines could not be written")
-        try:
-            self.file.close()
-            if self.lock_file:
-                self.lock_file.unlink(missing_ok=True)
-                self.lock_file = None
-        except OSError as e:
-            say(f"metrics.jsonl | not closed: {one_line(e)}")
-        self.file = None
+        """Close metrics.jsonl and give the run directory back, once."""
+        if self.file is not None:
+            self.sync()
+            if self.unwritten:
+                say(f"metrics.jsonl | its last {len(self.unwritten)} lines could not be written")
+            try:
+                self.file.close()
+            except OSError as e:
+                say(f"metrics.jsonl | not closed: {one_line(e)}")
+            self.file = None
+        if self.directory_lock is not None:
+            self.directory_lock.close()
 
     def close_wandb(self, seconds: float = WANDB_END_SECONDS):
         """Send W&B what it has still to get, for so many seconds at most."""
@@ -330,8 +296,9 @@ class RunLog:
             self.wandb.close(seconds)
 
 
-def another_writes(run_dir: Path, hint: str) -> UserError:
-    return UserError(f"another process is writing to {run_dir}; hint: {hint}")
+def open_to_update(path: Path):
+    """Open a file, made if there is none, unbuffered; "w" would empty one that exists."""
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
 
 
 def write_all(file, data: bytes):

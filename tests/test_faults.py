@@ -613,7 +613,7 @@ def test_two_processes_cannot_write_one_run(train, tmp_path):
     log.open(tmp_path / "r")
     with pytest.raises(UserError, match="another process is writing"):
         train("r")
-    log.file.close()
+    log.close()
     assert train("r")[0] == 0
 
 
