@@ -4,8 +4,9 @@ python -m pytest tests/test_notebooks.py [-m slow]
 
 `jupyter execute --inplace NOTEBOOK` runs a notebook anew and stores its outputs. A cell tagged
 "exact" prints the same everywhere: its text must equal the new run's. Other text (times, losses
-after training) may differ in its numbers, not in its words. Pictures that a notebook saves in
-images/ must look like those of the new run.
+after training) may differ in its numbers, not in its words, unless the cell is tagged "sampled":
+it prints what a model trained on the spot writes. Pictures that a notebook saves in images/ must
+look like those of the new run.
 """
 
 import ast
@@ -123,7 +124,8 @@ def test_a_notebook_runs_and_its_outputs_are_those_of_the_run(name, clone, monke
     for before, after in zip(code(stored), code(fresh)):
         if "exact" in before.metadata.get("tags", ()):
             assert printed(before) == printed(after)
-        assert words(printed(before)) == words(printed(after))
+        if "sampled" not in before.metadata.get("tags", ()):
+            assert words(printed(before)) == words(printed(after))
         assert pictures(before) == pictures(after)
     saved = re.findall(r'"([\w-]+\.png)"', "\n".join(cell.source for cell in code(stored)))
     for picture in saved:
