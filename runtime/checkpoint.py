@@ -523,9 +523,13 @@ def newest(
     starts again silently.
     """
     bad: dict[Path, str] = {}  # and why
-    error = None
+    error = None  # of the one before
+    reported = None
     while paths := [path for path in steps(ckpt_dir) if path not in bad]:
         path, why = paths[-1], DAMAGED
+        if error is not reported:  # the last one's is raised below instead
+            report(f"checkpoint skipped | {error}")
+            reported = error
         try:
             checkpoint = read(path)
             why = FOREIGN
@@ -536,7 +540,6 @@ def newest(
         except UserError as e:
             bad[path] = why
             if path.exists():
-                report(f"checkpoint skipped | {e}")
                 error = e
             continue
         if rename_bad:
