@@ -210,7 +210,10 @@ def check_shape(saved: Checkpoint):
 
 def newest_run(log_dir: str = "log") -> str:
     """Return the run directory with the newest checkpoint. Raises UserError when there is none."""
-    states = list(Path(log_dir).glob("*/ckpt/step_*/state.json"))
+    for _ in range(2):  # one may be deleted, and a newer one written, while this looks
+        states = list(Path(log_dir).glob("*/ckpt/step_*/state.json"))
+        if states:
+            break
     if not states:
         raise UserError(
             f"no run with a checkpoint in {log_dir}/; "
