@@ -141,7 +141,7 @@ def has_checkpoint(where: str) -> bool:
 
 
 def unreadable(path: str | Path, e: OSError) -> UserError:
-    return UserError(f"{path} cannot be read ({one_line(e)}); hint: may you read it?")
+    return UserError(f"{path} cannot be read ({one_line(e)}); hint: check path and permissions")
 
 
 def load_checkpoint(saved: Checkpoint) -> GPT:

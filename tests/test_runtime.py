@@ -9,6 +9,7 @@ import contextlib
 import errno
 import fcntl
 import http.server
+import inspect
 import io
 import json
 import math
@@ -1168,6 +1169,30 @@ def test_a_tilde_is_the_home_directory_in_every_path(monkeypatch):
     words = "~/a b --out=~/c --more ~/d ~/e --maybe ~ --text ~/f".split()
     expected = Places(("/h/a", "b"), "/h/c", ("/h/d", "/h/e"), "/h", "~/f")
     assert command_line.parse(Places, words) == expected
+
+
+def test_options_that_are_paths_are_of_that_type():
+    """By their names, in every script but train_gpt2.py, where config.complete() replaces ~."""
+    import audit
+    import compare
+    import generate
+    import hellaswag
+    import hf
+    import prepare
+    import study
+
+    names = set(
+        "model file data out data_root log_dir reference source root runs files run".split()
+    )
+    commands = [audit.Audit, compare.Comparison, study.Study, generate.Settings]
+    commands += [hellaswag.Scoring, hf.import_, hf.export, *prepare.COMMANDS.values()]
+    count = 0
+    for command in commands:
+        for parameter in inspect.signature(command).parameters.values():
+            if parameter.name in names and "Dataset" not in str(parameter.annotation):
+                assert "PrimitiveConstructorSpec" in str(parameter.annotation), parameter
+                count += 1
+    assert count > 15
 
 
 def test_what_tyro_refuses_is_one_line(monkeypatch, capsys):
