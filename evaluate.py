@@ -51,7 +51,7 @@ class Evaluator:
                 f"{model.config.vocab_size:,}; hint: --hellaswag_limit 0"
             )
         self.hellaswag = hellaswag.for_training(limit, model, world, compute)
-        self.token_bytes = token_bytes()
+        self.token_bytes = token_bytes() if self.gpt2_tokens else np.zeros(N_VOCAB, np.int64)
         self.has_run = False  # the first call compiles
 
     @torch.no_grad()
@@ -100,9 +100,7 @@ class Evaluator:
             self.stop.ask(e)
             self.stop.poll()
         nats, tokens, n_bytes = sum_over_ranks(total).tolist()
-        bits_per_byte = None
-        if n_bytes and self.gpt2_tokens:
-            bits_per_byte = nats / math.log(2) / n_bytes
+        bits_per_byte = nats / math.log(2) / n_bytes if n_bytes else None
         return nats / tokens, bits_per_byte
 
     def samples(self, step: int) -> float:

@@ -31,7 +31,7 @@ def check(cfg: TrainConfig, world: World) -> tuple[TrainConfig, Data | None]:
 
     Returns cfg with max_steps set from epochs, and the data; None for a dry run without any yet.
     """
-    if "RANK" in os.environ and world.device.type == "cuda" and cfg.preset == "shakespeare":
+    if os.environ.get("RANK") and world.device.type == "cuda" and cfg.preset == "shakespeare":
         raise UserError(
             "torchrun on GPUs needs a preset, the default is a toy; "
             "hint: torchrun ... train_gpt2.py gpt2-rope"

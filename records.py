@@ -261,7 +261,10 @@ class Records:
         """Log the loss of counting pairs of tokens, a loss to beat; small data only."""
         if self.world.rank != 0:
             return
-        self.bigram = evaluate.bigram_loss(self.loader.windows, val_data, self.cfg.val_tokens)
+        try:
+            self.bigram = evaluate.bigram_loss(self.loader.windows, val_data, self.cfg.val_tokens)
+        except Exception as e:  # out of memory, say: training can do without
+            say(f"bigram | not measured: {one_line(e)}")
         if self.bigram is None:
             return
         say(

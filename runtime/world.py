@@ -36,6 +36,8 @@ def join_world(device: str, timeout: float = 600, deterministic: bool = False) -
     device, for a part of torchrun's variables, and when other processes do not come.
     """
     rank, world_size = launched_as()
+    if not 0 < timeout < 1e9:  # NaN, too
+        raise UserError(f"group_timeout is {timeout}, must be above 0; hint: --group_timeout 600")
     if deterministic:
         # read by cuBLAS when it starts, and by torch's compiler, which else chooses among
         # reductions by timing them
@@ -121,6 +123,7 @@ def warn_of_copies():
                 "run of its own: torchrun is missing; hint: torchrun --nproc_per_node=N in place "
                 "of python, one on each machine, or runs/slurm.sh"
             )
+            return
 
 
 def meet(device: torch.device, world_size: int, timeout: float):

@@ -29,6 +29,7 @@ from conftest import (
 )
 
 import compare
+import evaluate
 import generate
 import hf
 import train_gpt2
@@ -558,13 +559,15 @@ def test_a_prompt_that_is_not_utf8_is_written_with_a_replacement(train, tmp_path
     assert (tmp_path / "r" / "samples.txt").read_text("utf-8").splitlines()[1].startswith("caf?")
 
 
-def test_samples_that_cannot_be_drawn_stop_nothing(train, monkeypatch):
+def test_samples_and_yardsticks_that_fail_stop_nothing(train, monkeypatch):
     def fail(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(generate, "sample_texts", fail)
+    monkeypatch.setattr(evaluate, "bigram_loss", fail)
     _, out = train("gpt2-rope --max_steps 1 --vocab_size 50304 --n_samples 1")
-    assert "step 1 | no samples: OutOfMemoryError" in out and "finished" in out
+    assert "step 1 | no samples: OutOfMemoryError" in out
+    assert "bigram | not measured: OutOfMemoryError" in out and "finished" in out
 
 
 def test_other_tokens_than_gpt2s_have_no_bits_per_byte_and_no_hellaswag(train):
