@@ -8,6 +8,7 @@ import inspect
 import io
 import os
 import re
+import select
 import subprocess
 import sys
 import time
@@ -98,12 +99,24 @@ def run_script(main: Callable[[], None]):
             time.sleep(1)  # torchrun ends the others once one has ended: rank 0 is to report first
         sys.exit(e.status)
     except BrokenPipeError:
+        if not reader_is_gone():  # of another pipe
+            raise
         leave_pipe()
     finally:
         try:
             sys.stdout.flush()  # of --help, for example
         except BrokenPipeError:
             leave_pipe()
+
+
+def reader_is_gone() -> bool:
+    """Tell whether standard output is a pipe that nobody reads any more."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), 0)
+    except (OSError, ValueError):  # it is no file, or closed
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 REPEAT = r"""

@@ -174,6 +174,7 @@ def test_a_flag_does_not_take_the_directory_for_its_value(words, contents):
 
 
 SAYS = "from runtime.command_line import run_script; run_script(lambda: print('x'))"
+BREAKS = SAYS.replace("print('x')", "(_ for _ in ()).throw(BrokenPipeError('of a bug'))")
 
 
 def test_a_reader_who_has_seen_enough_changes_nothing(tmp_path):
@@ -186,3 +187,4 @@ def test_a_reader_who_has_seen_enough_changes_nothing(tmp_path):
         with open(tmp_path / "stderr", "w") as stderr, open(writing, "w") as pipe:
             done = subprocess.run(python(*command), cwd=ROOT, stdout=pipe, stderr=stderr)
         assert done.returncode == status and (tmp_path / "stderr").read_text() == ""
+    assert "of a bug" in run("-c", BREAKS).stderr
