@@ -57,6 +57,7 @@ from shard_files import (
     is_whole,
     open_shard,
     read_manifest,
+    refuse_file,
     refuse_occupied,
     scan,
     shard_entry,
@@ -414,7 +415,6 @@ def fineweb_edu(
         source: a folder with parquet files, of any data set: no network is used
         workers: threads that tokenize; 0 = one per core
     """
-    refuse_occupied(out, os.listdir(out) if os.path.isdir(out) else ())  # a file
     with writing(out):
         job = begin(out, data, source)
         todo = job.todo()
@@ -816,6 +816,7 @@ def writing(out: str, wait: bool = False):
     process that holds it, else raises UserError; so it does for an OSError of writing. Reading
     raises UserErrors of its own.
     """
+    refuse_file(out)
     try:
         os.makedirs(out, exist_ok=True)
         with contextlib.ExitStack() as stack:

@@ -397,10 +397,15 @@ def is_whole(root: str | Path, record: dict) -> bool:
         return False
 
 
-def refuse_occupied(root: str | Path, replaceable: Iterable[str] = ()):
-    """Raise UserError when root is a file, or holds shards or a manifest, not all replaceable."""
+def refuse_file(root: str | Path):
+    """Raise UserError when root is no directory but exists."""
     if os.path.exists(root) and not os.path.isdir(root):
         raise UserError(f"{root} is a file; hint: --out a new directory")
+
+
+def refuse_occupied(root: str | Path, replaceable: Iterable[str] = ()):
+    """Raise UserError when root is a file, or holds shards or a manifest, not all replaceable."""
+    refuse_file(root)
     names = sorted(os.listdir(root)) if os.path.isdir(root) else []
     occupied = [
         name for name in names if name == "manifest.json" or name.endswith((".npy", ".bin"))

@@ -178,13 +178,16 @@ BREAKS = SAYS.replace("print('x')", "(_ for _ in ()).throw(BrokenPipeError('of a
 
 
 def test_a_reader_who_has_seen_enough_changes_nothing(tmp_path):
-    """`audit.py DIR | head -1`: the status is that of the shards, and nothing is on stderr."""
+    """`audit.py DIR | head -1`: the status is that of the shards, and nothing is on stderr.
+
+    Nor is there a traceback of other scripts, unless another pipe broke.
+    """
     folder = with_manifest(write_shards(tmp_path, SIZES))
     settings = [word for key, value in RUN.items() for word in (f"--{key}", value)]
-    for status, *command in ((0, "audit.py", folder, *settings), (0, "-c", SAYS)):
+    for statuses, *command in (([0], "audit.py", folder, *settings), ([0, 141], "-c", SAYS)):
         reading, writing = os.pipe()
         os.close(reading)
         with open(tmp_path / "stderr", "w") as stderr, open(writing, "w") as pipe:
             done = subprocess.run(python(*command), cwd=ROOT, stdout=pipe, stderr=stderr)
-        assert done.returncode == status and (tmp_path / "stderr").read_text() == ""
+        assert done.returncode in statuses and (tmp_path / "stderr").read_text() == ""
     assert "of a bug" in run("-c", BREAKS).stderr

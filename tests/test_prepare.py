@@ -1082,6 +1082,8 @@ def test_the_last_shard_of_a_file_may_be_shorter_than_a_window(source, tmp_path)
 def test_too_few_tokens_to_train_on(tmp_path):
     (tmp_path / "in").mkdir()
     write(tmp_path / "in" / "a.parquet", DOCUMENTS)
+    file = str(tmp_path / "in" / "a.parquet")
+    assert "a.parquet is a file" in error_of(prepare.fineweb_edu, file, SMALL, str(tmp_path / "in"))
     message = fineweb_error(tmp_path / "out", str(tmp_path / "in"), Dataset(shard_tokens=10**6))
     assert "are for validation, so none to train on" in message
 
