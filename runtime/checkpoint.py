@@ -579,7 +579,7 @@ def pass_over(bad: dict[Path, str]):
                 f"hint: {remedy(e, path.parent)}"
             ) from e
         damaged = [aside for aside in path.parent.glob(f"passed_over_step_*_{DAMAGED}_*")]
-        for older in sorted(damaged, key=lambda aside: aside.name.split("_")[-1])[:-1]:
+        for older in sorted(damaged, key=lambda aside: aside.stat().st_ctime_ns)[:-1]:
             say(f"checkpoints | deleted {older}, a newer damaged one is kept")
             remove(older)
 
