@@ -191,7 +191,7 @@ def decompressed(raw, path: str):
 
 
 def read_items(raw, path: str, kind: str, text_field: str, source: dict) -> Iterator:
-    """Yield the text of a .txt, the lines of a .jsonl, the values of a parquet column."""
+    """Yield the text of a .txt, the lines of a .jsonl, the rows of a parquet column."""
     stream = decompressed(raw, path)
     if kind == "txt":
         yield read_text(stream, path, source)
@@ -208,10 +208,12 @@ def read_items(raw, path: str, kind: str, text_field: str, source: dict) -> Iter
 
         file = pyarrow.parquet.ParquetFile(raw)
         names = file.schema_arrow.names
-        if text_field not in names:
+        column = text_field if text_field in names else text_field.partition(".")[0]
+        if column not in names:
             raise WrongField(f"no field {text_field!r}", names)
-        for batch in file.iter_batches(256, columns=[text_field]):
-            yield from batch.column(0)
+        for batch in file.iter_batches(256, columns=[column]):
+            for value in batch.column(0):
+                yield column, value
 
 
 def decode(stream) -> Iterator[str]:
@@ -263,6 +265,18 @@ def read_text(stream, path: str, source: dict) -> str | LongText:
     return LongText(path, 0, length, stream.tell(), tqdm(disable=True), 0)
 
 
+def field(document, name: str):
+    """Return a field of a document, meta.text also for the field text of the field meta."""
+    if not isinstance(document, dict):
+        raise WrongField(f"no field {name!r}", [])
+    if name in document:
+        return document[name]
+    outer, dot, inner = name.partition(".")
+    if not dot or outer not in document:
+        raise WrongField(f"no field {name!r}", list(document))
+    return None if document[outer] is None else field(document[outer], inner)
+
+
 def to_text(item, kind: str, text_field: str, source: dict) -> str | LongText | None:
     """Return the text of one of read_items(), None for null. ValueError when it is no text.
 
@@ -272,14 +286,13 @@ def to_text(item, kind: str, text_field: str, source: dict) -> str | LongText | 
         return item
     if kind == "jsonl":
         document = json.loads(item.decode("utf-8").strip())
-        names = list(document) if isinstance(document, dict) else []
-        if text_field not in names:
-            raise WrongField(f"no field {text_field!r}", names)
-        text = document[text_field]
     else:
-        text = item.as_py()
-        names = []
+        column, value = item
+        document = {column: value.as_py()}
+    text = field(document, text_field)
     if not isinstance(text, str | None):
+        parts = text if isinstance(text, dict) else ()
+        names = [f"{text_field}.{name}" for name in parts] or list(document)
         raise WrongField(f"field {text_field!r} is {type(text).__name__}, not text", names)
     if text and not text.isascii():
         try:

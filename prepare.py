@@ -14,7 +14,7 @@ prepare.py at a time.
 
 Texts are tokenized in threads of one process, one per core, because tiktoken releases the GIL. They
 are read as a stream; memory holds 0.2 GB per split, the shards that are being filled, and one block
-of documents. A longer .txt is read three times, in pieces.
+of documents. A longer .txt is read in pieces, several times.
 """
 
 import collections
@@ -163,7 +163,8 @@ def files(
         val_share: share of the text that becomes validation: whole documents, or the end of the
             longest one where there are few
         shard_tokens: tokens in one shard file
-        text_field: field of .jsonl or column of .parquet that holds the text
+        text_field: field of .jsonl or column of .parquet that holds the text; meta.text is the
+            field text of meta
         name: first part of the shards' file names
     """
     paths = find_files(files)

@@ -136,12 +136,30 @@ def test_a_wrong_field_is_answered_with_those_there_are(tmp_path, ending):
     path = write(tmp_path / f"a{ending}", ["one", "two"], "body")
     message = error((path,), str(tmp_path / "out"))
     assert "no field 'text'; hint: --text_field, one of id, body" in message
-    assert "--text_field, one of id, body" in error(
-        (path,), str(tmp_path / "out"), text_field="body.text"
+    message = error((path,), str(tmp_path / "out"), text_field="id")
+    assert " 1: field 'id' is int, not text; hint: --text_field, one of id" in message
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".parquet"])
+def test_the_text_may_be_a_field_of_a_field(tmp_path, ending):
+    path, rows = (
+        tmp_path / f"a{ending}",
+        [{"meta": {"n": i, "text": d}} for i, d in enumerate("ab")],
     )
+    rows.append({"meta": None})
     if ending == ".jsonl":
-        message = error((path,), str(tmp_path / "out"), text_field="id")
-        assert "line 1: field 'id' is int, not text; hint: --text_field, one of id, body" in message
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    message = error((str(path),), str(tmp_path / "out"), text_field="meta")
+    assert "is dict, not text; hint: --text_field, one of meta.n, meta.text" in message
+    assert "no field 'x'; hint: --text_field, one of n, text" in error(
+        (str(path),), str(tmp_path / "out"), text_field="meta.x"
+    )
+    prepare.files((str(path),), str(tmp_path / "out"), text_field="meta.text", val_share=0.5)
+    assert sorted(read_all(tmp_path / "out")) == ["a", "b"]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.parquet"])
