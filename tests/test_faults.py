@@ -34,6 +34,7 @@ from conftest import (
     python,
     run,
     torchrun,
+    train_process,
     weights,
     write_shards,
 )
@@ -615,6 +616,118 @@ def test_two_processes_cannot_write_one_run(train, tmp_path):
         train("r")
     log.close()
     assert train("r")[0] == 0
+
+
+# --------------------------------------------------------------------------------------------------
+# each system call of a save
+
+# a run with saves at 3 and 6, of which the first is hit
+SHORT = "--total_batch 128 --max_steps 6 --save_interval 3 --eval_interval 6"
+CALLS = "openat mkdir rename renameat unlinkat rmdir write fsync ftruncate chmod close"
+
+
+def wait_at_the_save(argv: list[str], output: str, pipe):
+    """Train; the thread that saves sends its number and waits for an answer (a process)."""
+    init = checkpoint.Saver.__init__
+
+    def announce(saver, *args):
+        init(saver, *args)
+        pipe.send(saver.thread.submit(threading.get_native_id).result())
+        pipe.recv()
+
+    checkpoint.Saver.__init__ = announce
+    train_process(argv, output, threads=1)
+
+
+def tracer_of(thread: int) -> int:
+    """Return the process that traces a thread, 0 for none."""
+    status = Path(f"/proc/{thread}/status").read_text()
+    return int(re.search(r"TracerPid:\s+(\d+)", status)[1])
+
+
+def traced(argv: list[str], output: Path, *options: str) -> int:
+    """Train with strace at the thread that saves; return the exit status."""
+    context = multiprocessing.get_context("forkserver")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=wait_at_the_save, args=(argv, str(output), theirs))
+    process.start()
+    theirs.close()
+    thread = ours.recv()
+    strace = subprocess.Popen(["strace", "-qq", "-p", str(thread), *options])
+    while not tracer_of(thread) and strace.poll() is None:
+        time.sleep(0.001)
+    assert strace.poll() is None, "strace cannot attach"
+    ours.send("go")
+    process.join()
+    strace.wait()
+    return process.exitcode
+
+
+@pytest.fixture(scope="module")
+def short(command, launch, tmp_path_factory):
+    """short(name) is the command of a short run; short.whole the run that nothing hits."""
+    if not shutil.which("strace"):
+        pytest.skip("needs strace")
+    folder = tmp_path_factory.mktemp("short")
+
+    def short(name: str) -> list[str]:
+        return [*command, *options(SHORT, "--log_dir", folder, "--run_name", name)]
+
+    short.folder = folder
+    process = launch(short("whole"), folder / "whole.txt")
+    process.join()
+    assert process.exitcode == 0, (folder / "whole.txt").read_text()
+    return short
+
+
+def calls_of_the_first_save(short) -> list[tuple[str, int]]:
+    """Return the system calls of a save: each name, and the how many-th of that name it is."""
+    log = short.folder / "calls.txt"
+    names = CALLS.replace(" ", ",")
+    status = traced(short("counted"), short.folder / "c.txt", "-o", log, "-e", f"trace={names}")
+    assert status == 0
+    calls, seen = [], {}
+    for line in log.read_text().splitlines():
+        name = line.partition("(")[0]
+        seen[name] = seen.get(name, 0) + 1
+        calls.append((name, seen[name]))
+        if name in ("rename", "renameat") and '/step_000003"' in line.partition(",")[2]:
+            break
+    return calls
+
+
+def assert_survives(short, train_here, call: str, n: int, fault: str):
+    """Hit one system call of a save: afterwards the same command ends as the whole run does."""
+    name = f"{call}-{n}-{fault.partition('=')[2]}"
+    run_dir, output = short.folder / name, short.folder / f"{name}.txt"
+    inject = ["-o", "/dev/null", "-e", f"trace={call}", "-e", f"inject={call}:{fault}:when={n}"]
+    status = traced(short(name), output, *inject)
+    text = output.read_text()
+    assert status == (-9 if "KILL" in fault else 0) and "Traceback" not in text, (name, text)
+    assert fault != "error=ENOSPC" or "NOT saved" in text, (name, text)
+    saved = [int(step) for step in re.findall(r"step (\d+) \| saved", text)]
+    assert not saved or saved_steps(run_dir)[-1] >= saved[-1], name
+    assert train_here(*short(name))[0] == 0, name
+    assert_equal(run_dir, short.folder / "whole")
+    assert not [path for path in run_dir.rglob(".*")], name
+    shutil.rmtree(run_dir)
+
+
+SAMPLE = [("fsync", 2, "signal=KILL"), ("rename", 1, "signal=KILL"), ("write", 2, "error=ENOSPC")]
+
+
+@pytest.mark.parametrize("call, n, fault", SAMPLE)
+def test_a_fault_in_a_save_loses_nothing(short, train_here, fast_curves, call, n, fault):
+    """Killed there, or an error there: what was saved stays, and the end is the same."""
+    assert_survives(short, train_here, call, n, fault)
+
+
+@pytest.mark.slow
+def test_a_kill_at_each_system_call_of_a_save_loses_nothing(short, train_here, fast_curves):
+    calls = calls_of_the_first_save(short)
+    assert len(calls) > 40
+    for call, n in calls:
+        assert_survives(short, train_here, call, n, "signal=KILL")
 
 
 # --------------------------------------------------------------------------------------------------
