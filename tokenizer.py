@@ -119,8 +119,8 @@ def merge_lines() -> list[str]:
     return VOCAB_BPE.read_text(encoding="utf-8").splitlines()[1:]
 
 
-def read_json(path: Path, largest: int = 100_000_000):
-    """Return the content of a JSON file that may come from anywhere.
+def read_text(path: Path, largest: int = 100_000_000) -> str:
+    """Return the content of a text file that may come from anywhere.
 
     Raises ValueError or OSError, also for what is no regular file, and for one of more bytes.
     """
@@ -128,8 +128,13 @@ def read_json(path: Path, largest: int = 100_000_000):
         raise FileNotFoundError(f"{path} is no regular file")
     if path.stat().st_size > largest:
         raise ValueError(f"{path.stat().st_size:,} bytes, expected at most {largest:,}")
+    return path.read_text(encoding="utf-8")
+
+
+def read_json(path: Path):
+    """Return the content of a JSON file that may come from anywhere. Raises as read_text()."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except RecursionError as e:
         raise ValueError("nested too deeply") from e
 
@@ -153,8 +158,7 @@ def tokenizer_difference(folder: Path) -> str:
         try:
             difference = ""
             if name == "merges.txt":
-                text = path.read_text(encoding="utf-8") if path.is_file() else ""
-                lines = [line for line in text.split("\n") if line.strip()]
+                lines = [line for line in read_text(path).split("\n") if line.strip()]
                 merges = lines[1:] if lines[0].startswith("#version") else lines
                 difference = merges_difference(merges)
             elif name == "vocab.json":

@@ -282,6 +282,8 @@ def test_the_source_brings_its_shape(tmp_path, place):
     state = checkpoint.find(run_dir).state
     assert stored.items() >= shape.items() and state["config"].items() >= shape.items()
     assert state["gpt_config"] == shape
+    evaluations = [record for record in result.records if "val/loss" in record]
+    assert evaluations and all(r["val/bpb"] is None for r in evaluations)  # not GPT-2's ids
     for given in ("--n_layer 6", "--vocab_size 50304", "--block_size 99", "--arch modern"):
         with pytest.raises(UserError, match=f"{given[2:]}, {source} has .*; hint: leave"):
             train_gpt2.train(from_command_line(["shakespeare", *words, *given.split()])[0])
@@ -444,7 +446,7 @@ def test_weights_of_other_types(copied, dtype):
     assert "ln_f.bias" in refusal(copied) and "expected F64 or F32" in refusal(copied)
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "vocab.json"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "vocab.json", "merges.txt"])
 def test_pipes_and_devices_are_no_files(copied, name):
     """A pipe that nobody writes would be read for ever, as would a device."""
     (copied / name).unlink(missing_ok=True)
