@@ -567,10 +567,11 @@ def rename_aside(path: Path, why: str) -> Path:
 
 
 def pass_over(bad: dict[Path, str]):
-    """Rename invalid checkpoints; of damaged ones keep the newest alone. Raises UserError."""
-    for path, why in bad.items():
+    """Rename invalid checkpoints; of all damaged ones keep the newest alone. Raises UserError."""
+    newest_damaged = None
+    for path, why in bad.items():  # newest first
         try:
-            rename_aside(path, why)
+            aside = rename_aside(path, why)
         except FileNotFoundError:
             continue
         except OSError as e:
@@ -578,8 +579,12 @@ def pass_over(bad: dict[Path, str]):
                 f"{path} is {why} and cannot be renamed ({e.strerror}); "
                 f"hint: {remedy(e, path.parent)}"
             ) from e
-        damaged = [aside for aside in path.parent.glob(f"passed_over_step_*_{DAMAGED}_*")]
-        for older in sorted(damaged, key=lambda aside: aside.stat().st_ctime_ns)[:-1]:
+        if why == DAMAGED and newest_damaged is None:
+            newest_damaged = aside
+    if newest_damaged is None:
+        return
+    for older in newest_damaged.parent.glob(f"passed_over_step_*_{DAMAGED}_*"):
+        if older != newest_damaged:
             say(f"checkpoints | deleted {older}, a newer damaged one is kept")
             remove(older)
 
