@@ -483,7 +483,8 @@ class Scoring:
             raise UserError(f"no such file: {self.data}; hint: --data FILE")
         path = Path(self.data) if self.data else fetch_items()
         if path is None:
-            raise UserError(f"no data to measure on; hint: --data FILE, or {URL} at {DATA}")
+            place = writable_data() / DATA.name
+            raise UserError(f"no data to measure on; hint: --data FILE, or {URL} at {place}")
         device = pick_device(self.device)
         model = hf.load_for_text(self.model or hf.newest_run()).to(device)
         compute = Compute(device, autocast_dtype(device, self.dtype), compiled=True)
