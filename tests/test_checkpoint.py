@@ -253,6 +253,7 @@ def test_what_cannot_be_read_is_neither_damaged_nor_passed_over(folder, command,
     runs = folder / "runs"
     runs.mkdir(mode=0o777)
     runs.chmod(0o777)
+    train("first")  # loads all modules, which the other user may not be allowed to read
     with as_another_user():
         assert train("r", "--log_dir", runs)[0] == 0
     private = runs / "r" / "ckpt" / "step_000004" / "model.safetensors"
