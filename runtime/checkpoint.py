@@ -308,17 +308,19 @@ def unpin(block: torch.Tensor):
 
 def prune(ckpt_dir: Path, step: int, keep_last: int, best: int | None):
     """Delete all but the newest keep_last checkpoints up to the one at `step`, and the best one."""
+    remove_hidden(ckpt_dir)
     written = [path for path in steps(ckpt_dir) if step_of(path) <= step]
     for path in written[:-keep_last]:
-        if step_of(path) == best:
-            continue
-        # its name goes first, at once: nobody finds half a checkpoint
-        hidden = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            os.replace(path, hidden)
-        except OSError:
-            continue  # what cannot be deleted stays, and is tried again next time
-        remove(hidden)
+        if step_of(path) != best:
+            # its name goes first, at once: nobody finds half a checkpoint
+            os.replace(path, path.with_name(f".{path.name}.{os.getpid()}.tmp"))
+    remove_hidden(ckpt_dir)
+
+
+def remove_hidden(ckpt_dir: Path):
+    """Delete half-written and half-deleted checkpoints; what cannot be deleted stays for later."""
+    for leftover in ckpt_dir.glob(".step_*.tmp"):
+        remove(leftover)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -346,8 +348,7 @@ def open_directory(cfg, model: torch.nn.Module, start_step: int) -> Lock:
                 f"which is at step {start_step}; hint: the same command again"
             )
         need_space(ckpt_dir, model, cfg.keep_last)
-        for leftover in ckpt_dir.glob(".step_*.tmp"):  # of a process killed while saving
-            remove(leftover)
+        remove_hidden(ckpt_dir)
         try_saving(ckpt_dir)
     except BaseException as e:
         lock.close()

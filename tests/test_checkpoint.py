@@ -468,6 +468,19 @@ def test_a_loss_that_is_nan_is_never_the_best(saver):
     assert [checkpoint.step_of(path) for path in checkpoint.steps(saver.ckpt_dir)] == [3, 4]
 
 
+def test_what_could_not_be_deleted_is_deleted_later(saver, tmp_path, monkeypatch):
+    """Its name is gone at once, its files when the disk is well again."""
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "remove", lambda path: None)
+        for step in (1, 2):
+            saver.save(step, {})
+            assert saver.wait()
+        assert names(tmp_path) == [f".step_000001.{os.getpid()}.tmp", "step_000002"]
+        assert [path.name for path in checkpoint.steps(tmp_path)] == ["step_000002"]
+    saver.save(3, {})
+    assert saver.wait() and names(tmp_path) == ["step_000003"]
+
+
 def test_checkpoints_of_wrong_data_are_set_aside(saver, tmp_path):
     """Those whose state was taken since then; they stay, under another name."""
     for step, seconds in ((1, 100.0), (2, 200.0), (3, 300.0)):
