@@ -547,11 +547,16 @@ def data_of_run(windows: shards.Windows, fingerprint: str) -> shards.Windows | N
 
 
 def write_mark(cfg: TrainConfig, name: str, content: dict):
-    """Write how a run ended, for scripts to test for: torchrun's exit status does not tell."""
-    try:
-        write_json(cfg.run_dir / name, content)
-    except OSError as e:
-        say(f"{name} not written: {one_line(e)}")
+    """Write how a run ended, for scripts to test for: torchrun's exit status does not tell.
+
+    A disk that fails once is tried again.
+    """
+    for last_try in (False, True):
+        try:
+            return write_json(cfg.run_dir / name, content)
+        except OSError as e:
+            if last_try:
+                say(f"{name} not written: {one_line(e)}; hint: the same command writes it")
 
 
 def finished_loss(cfg: TrainConfig) -> float | None:
