@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -211,6 +212,21 @@ def train_process(argv: list[str], output: str, threads: int):
     torch.set_num_threads(threads)
     sys.argv = ["train_gpt2.py", *argv]
     run_script(train_gpt2.main)
+
+
+def wait_at_the_save(argv: list[str], output: str, pipe):
+    """Train; the thread that saves sends its number and waits for an answer (a process)."""
+    from runtime import checkpoint
+
+    init = checkpoint.Saver.__init__
+
+    def announce(saver, *args):
+        init(saver, *args)
+        pipe.send(saver.thread.submit(threading.get_native_id).result())
+        pipe.recv()
+
+    checkpoint.Saver.__init__ = announce
+    train_process(argv, output, threads=1)
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,7 @@ from conftest import (
     python,
     run,
     torchrun,
-    train_process,
+    wait_at_the_save,
     weights,
     write_shards,
 )
@@ -624,19 +624,6 @@ def test_two_processes_cannot_write_one_run(train, tmp_path):
 # a run with saves at 3 and 6, of which the first is hit
 SHORT = "--total_batch 128 --max_steps 6 --save_interval 3 --eval_interval 6"
 CALLS = "openat mkdir rename renameat unlinkat rmdir write fsync ftruncate chmod close"
-
-
-def wait_at_the_save(argv: list[str], output: str, pipe):
-    """Train; the thread that saves sends its number and waits for an answer (a process)."""
-    init = checkpoint.Saver.__init__
-
-    def announce(saver, *args):
-        init(saver, *args)
-        pipe.send(saver.thread.submit(threading.get_native_id).result())
-        pipe.recv()
-
-    checkpoint.Saver.__init__ = announce
-    train_process(argv, output, threads=1)
 
 
 def tracer_of(thread: int) -> int:
