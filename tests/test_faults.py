@@ -669,6 +669,7 @@ def short(command, launch, tmp_path_factory):
 
 def calls_of_the_first_save(short) -> list[tuple[str, int]]:
     """Return the system calls of a save: each name, and the how many-th of that name it is."""
+    shutil.rmtree(short.folder / "counted", ignore_errors=True)
     log = short.folder / "calls.txt"
     names = CALLS.replace(" ", ",")
     status = traced(short("counted"), short.folder / "c.txt", "-o", log, "-e", f"trace={names}")
@@ -710,11 +711,18 @@ def test_a_fault_in_a_save_loses_nothing(short, train_here, fast_curves, call, n
 
 
 @pytest.mark.slow
-def test_a_kill_at_each_system_call_of_a_save_loses_nothing(short, train_here, fast_curves):
-    calls = calls_of_the_first_save(short)
-    assert len(calls) > 40
+@pytest.mark.parametrize(
+    "fault, every", [("signal=KILL", 1), ("error=EIO", 4), ("error=ENOSPC", 4)]
+)
+def test_a_fault_at_each_system_call_of_a_save_loses_nothing(
+    short, train_here, fast_curves, fault, every
+):
+    """Kills at every call, errors at every fourth."""
+    calls = calls_of_the_first_save(short)[::every]
+    assert len(calls) > 30 // every
     for call, n in calls:
-        assert_survives(short, train_here, call, n, "signal=KILL")
+        assert_survives(short, train_here, call, n, fault)
+    print(f"{fault} at {len(calls)} system calls of a save: nothing lost")
 
 
 # --------------------------------------------------------------------------------------------------
