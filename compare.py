@@ -109,7 +109,9 @@ def read_run(run_dir: str, x: str) -> LoggedRun:
     try:
         stored = json.loads(Path(run_dir, "config.json").read_text())
         records = read_metrics(run_dir)
-    except (OSError, ValueError) as e:
+        if not isinstance(stored, dict):
+            raise ValueError("config.json holds no settings")
+    except (OSError, ValueError, RecursionError) as e:
         raise UserError(
             f"{run_dir} is not a run ({one_line(e)}); "
             "hint: a directory in log/ with config.json and metrics.jsonl"

@@ -145,7 +145,13 @@ def load_items(path: Path, protocol: Protocol = "gpt2", limit: int = 0) -> Items
     The tokens of the whole file are cached in data/, under the hash of the file. Raises UserError
     for other content.
     """
-    cache = writable_data() / f"hellaswag_{protocol}_{sha256(path)[:16]}.npz"
+    try:
+        digest = sha256(path)
+    except OSError as e:
+        raise UserError(
+            f"{path} cannot be read ({one_line(e)}); hint: --data FILE, or --hellaswag_limit 0"
+        ) from e
+    cache = writable_data() / f"hellaswag_{protocol}_{digest[:16]}.npz"
     arrays = Items._fields[:4]
     try:
         with np.load(cache) as stored:

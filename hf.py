@@ -133,11 +133,8 @@ def read_shape(where: str) -> GPTConfig:
 def has_checkpoint(where: str) -> bool:
     """Tell whether a path is a run, a checkpoint or a directory of checkpoints."""
     path = Path(where)
-    try:
-        is_checkpoint = os.path.exists(path / "state.json")
-        return is_checkpoint or bool(checkpoint.steps(path / "ckpt") or checkpoint.steps(path))
-    except OSError as e:
-        raise unreadable(where, e) from e
+    is_checkpoint = os.path.exists(path / "state.json")
+    return is_checkpoint or bool(checkpoint.steps(path / "ckpt") or checkpoint.steps(path))
 
 
 def unreadable(path: str | Path, e: OSError) -> UserError:

@@ -293,10 +293,9 @@ class Records:
 
     def not_saved(self) -> UserError:
         """Return the error that ends a run whose last checkpoint could not be written."""
-        hint = self.saver.remedy if self.saver else "rank 0 says why"
         return UserError(
             f"the last checkpoint could not be written to {self.cfg.checkpoint_dir}; "
-            f"hint: {hint}, then the same command again"
+            f"hint: {self.saver.remedy}, then the same command again"
         )
 
     def say_finished(self, seconds: float):
@@ -333,8 +332,10 @@ class Records:
 
         Where the error is kept, as in a notebook, nothing that the run had open closes by itself.
         """
-        self.close_checkpoints()
-        self.give_back(wandb_seconds=0)
+        try:
+            self.close_checkpoints()
+        finally:
+            self.give_back(wandb_seconds=0)
 
 
 def all_finite(model: torch.nn.Module) -> bool:

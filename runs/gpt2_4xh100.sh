@@ -30,8 +30,9 @@ python train_gpt2.py "$preset" --data_root "$data" --dry_run True
 
 # The exit status does not tell whether the run is finished, either; finished.json does.
 launches=0
+rm -f "$run/diverged.json" # of an earlier launch
 until [ -e "$run/finished.json" ]; do
-    if [ -e "$run/diverged.json" ] && [ "$launches" -gt 0 ]; then
+    if [ -e "$run/diverged.json" ]; then
         exit 3 # to NaN; another launch would end the same
     fi
     launches=$((launches + 1))

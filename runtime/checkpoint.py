@@ -222,11 +222,15 @@ class Saver:
         self.wait()
         renamed = []
         try:
-            for path in steps(self.ckpt_dir):
+            for path in reversed(steps(self.ckpt_dir)):  # the worst first
                 if time_saved(path) >= since:
                     renamed.append(rename_aside(path, WRONG_DATA).name)
         except OSError as e:
-            say(f"checkpoints | not set aside: {one_line(e)}; hint: delete those since the damage")
+            say(
+                f"checkpoints | not set aside: {one_line(e)}; hint: delete those since the damage, "
+                f"{len(renamed)} are renamed"
+            )
+            return
         what = f"set aside: {', '.join(renamed)}" if renamed else "older checkpoints are valid"
         say(f"checkpoints | steps that may have read a damaged shard are not saved; {what}")
 

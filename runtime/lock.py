@@ -11,16 +11,16 @@ from runtime.files import NOT_SUPPORTED, is_running
 
 
 class Lock:
-    """Keeps a directory for this process, by a lock on a file `.lock` in it.
+    """Keeps a directory for this process, by a lock on a file in it.
 
     The system releases it when the process ends, however that happens. Where there are no locks,
     the file's content decides, the host and number of the process that made it: a process of this
     machine that still runs is noticed, one of another machine is not; `supported` is False.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, name: str = ".lock"):
         """Take the lock. Raises BlockingIOError naming the process that has it."""
-        self.path = folder / ".lock"
+        self.path = folder / name
         self.supported = True
         self.file = None
         while self.file is None:
@@ -52,7 +52,10 @@ class Lock:
             here = host == socket.gethostname() and pid.isdecimal()
             held = here and int(pid) != os.getpid() and is_running(int(pid))
         if held:
-            raise BlockingIOError(errno.EWOULDBLOCK, f"process {pid or '?'} on {host or '?'}")
+            holder = f"process {pid or '?'} on {host or '?'}"
+            if not self.supported:  # the number may be that of another process by now
+                holder += f"; if that is another program, delete {self.path}"
+            raise BlockingIOError(errno.EWOULDBLOCK, holder)
 
     def close(self):
         """Give the directory back, once."""

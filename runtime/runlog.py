@@ -59,8 +59,12 @@ def add_part(earlier, part: dict, step: int) -> tuple[dict, str]:
     """
     if not isinstance(earlier, dict):
         return part | {"began_at": [step], "earlier": []}, ""
-    parts = earlier.pop("earlier", [])
-    began_at = earlier.pop("began_at", [])
+    parts = earlier.pop("earlier", None)
+    if not isinstance(parts, list):
+        parts = []
+    began_at = earlier.pop("began_at", None)
+    if not isinstance(began_at, list):
+        began_at = []
     if earlier == part:
         return part | {"began_at": [*began_at, step], "earlier": parts}, ""
     changes = [
@@ -175,7 +179,7 @@ class RunLog:
     def lock_directory(self):
         """Keep the run directory for this process, until close() or its end. Raises UserError."""
         try:
-            self.directory_lock = Lock(self.run_dir)
+            self.directory_lock = Lock(self.run_dir, ".lock-log")
         except BlockingIOError as e:
             raise UserError(
                 f"another process is writing to {self.run_dir} ({e.strerror}); "

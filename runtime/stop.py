@@ -101,11 +101,12 @@ class Stop:
         if not dist.is_initialized():
             return
         errors = [None] * dist.get_world_size()
-        own = (type(self.error), str(self.error)) if self.error else None
+        own = (self.error.status, str(self.error)) if self.error else None
         dist.all_gather_object(errors, own)
         for rank, error in enumerate(errors):
             if error is not None:
-                kind, text = error
+                status, text = error
+                kind = Diverged if status == Diverged.status else UserError
                 self.error = kind(text if rank == 0 else f"on rank {rank}: {text}")
                 return
 

@@ -248,6 +248,27 @@ def test_everything_that_a_run_writes_follows_the_umask(train, tmp_path, umask, 
     assert [path for path, mode in modes.items() if mode & missing != wanted] == []
 
 
+def test_checkpoints_may_lie_in_the_run_directory_itself(train, tmp_path):
+    """Both are locked, by one process."""
+    assert train("r", "--ckpt_dir", tmp_path / "r")[0] == 0
+    assert "step_000004" in names(tmp_path / "r")
+
+
+def test_checkpoints_that_cannot_be_set_aside_are_not_called_valid(tmp_path, monkeypatch, capsys):
+    model = torch.nn.Linear(1, 1)
+    cfg = preset("gpt2-rope", ckpt_dir=str(tmp_path))
+    saver = checkpoint.Saver(cfg, model, torch.optim.AdamW(model.parameters()), RunLog())
+    small(tmp_path, 1, 2)
+    monkeypatch.setattr(checkpoint, "rename_aside", broken_disk)
+    saver.set_aside(0)
+    out = capsys.readouterr().out
+    assert "not set aside" in out and "valid" not in out
+
+
+def broken_disk(*args):
+    raise OSError(5, "Input/output error")
+
+
 def test_what_cannot_be_read_is_neither_damaged_nor_passed_over(folder, command, train):
     """A private file in the newest checkpoint: one error that names it, and all stays there."""
     runs = folder / "runs"

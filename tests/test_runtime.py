@@ -557,14 +557,14 @@ def test_the_last_line_is_the_error_of_any_rank(tmp_path, failing, last):
 SHARING = """
 import sys
 sys.path.insert(0, {root!r})
-from runtime.command_line import UserError
 from runtime.stop import Stop
 from runtime.world import join_world
+from shard_files import DamagedShard
 
 world = join_world("cpu")
 stop = Stop(world, timeout=60)
 if world.rank == 1:
-    stop.ask(UserError("a shard was cut"))
+    stop.ask(DamagedShard("a shard was cut", "its path"))
 stop.share_error()
 stop.close()
 print(f"{{world.rank}}: {{stop.error}}")
@@ -766,7 +766,7 @@ def test_cutting_a_log_on_a_full_disk_loses_no_line(open_log, tmp_path, lines):
         open_log(3)
     assert path.read_text().startswith(text_of(LOGGED[:4]))
     assert lines == LOGGED or path.read_text() == text_of(lines)
-    assert names(tmp_path) == [".lock", "metrics.jsonl"]
+    assert names(tmp_path) == [".lock-log", "metrics.jsonl"]
 
 
 def test_lines_that_could_not_be_written_outlive_the_process(open_log, tmp_path, capsys):
@@ -867,12 +867,12 @@ def no_flock(monkeypatch):
 @pytest.mark.usefixtures("no_flock")
 def test_without_locks_the_process_that_writes_is_noticed_by_its_number(open_log, tmp_path, capsys):
     """One that was killed is not in the way."""
-    (tmp_path / ".lock").write_text(f"{socket.gethostname()} {os.getppid()}")
+    (tmp_path / ".lock-log").write_text(f"{socket.gethostname()} {os.getppid()}")
     with pytest.raises(UserError, match=f"writing to .*process {os.getppid()} on .*hint: "):
         open_log(0)
     ended = subprocess.Popen(["true"])
     ended.wait()
-    (tmp_path / ".lock").write_text(f"{socket.gethostname()} {ended.pid}")
+    (tmp_path / ".lock-log").write_text(f"{socket.gethostname()} {ended.pid}")
     open_log(0).close()
     assert "has no locks" in capsys.readouterr().out
     assert names(tmp_path) == ["metrics.jsonl"]
@@ -900,6 +900,8 @@ def test_env_json_keeps_what_computed_the_earlier_parts():
     assert third == two | {"began_at": [20], "earlier": [one | {"began_at": [0, 10]}]}
     for damaged in (5, [], "x"):
         assert runlog.add_part(damaged, one, 0) == (one | {"began_at": [0], "earlier": []}, "")
+    odd, _ = runlog.add_part(two | {"earlier": 5, "began_at": None}, one, 30)
+    assert odd == one | {"began_at": [30], "earlier": [two | {"began_at": []}]}
 
 
 # --------------------------------------------------------------------------------------------------
