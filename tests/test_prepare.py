@@ -558,6 +558,8 @@ class HubRequest(http.server.BaseHTTPRequestHandler):
 
     def do_HEAD(self):
         hub = self.server
+        if self.path.startswith("/api/agent"):  # the library asks once per process who is calling
+            return self.answer(404, {})
         hub.requests += 1
         fault = hub.faults.pop(0) if hub.faults else None
         path = urllib.parse.unquote(self.path.partition("?")[0])
