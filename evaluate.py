@@ -43,14 +43,7 @@ class Evaluator:
         self.world = world
         self.stop = stop
         self.gpt2_tokens = model.config.vocab_size >= N_VOCAB
-        limit = cfg.hellaswag_limit
-        if limit and not self.gpt2_tokens:
-            limit = 0
-            say(
-                f"hellaswag | skipped: it needs GPT-2's {N_VOCAB:,} tokens, the model has "
-                f"{model.config.vocab_size:,}; hint: --hellaswag_limit 0"
-            )
-        self.hellaswag = hellaswag.for_training(limit, model, world, compute)
+        self.hellaswag = hellaswag.for_training(cfg.hellaswag_limit, model, world, compute)
         self.token_bytes = token_bytes() if self.gpt2_tokens else np.zeros(N_VOCAB, np.int64)
         self.has_run = False  # the first call compiles
 
@@ -62,7 +55,7 @@ class Evaluator:
         self.has_run = True
         if compiles:
             say(f"step {step} | evaluating, which compiles once more")
-        with self.stop.compiling() if compiles else nullcontext():
+        with self.stop.patient() if compiles else nullcontext():
             return self.measure(step, started)
 
     def measure(self, step: int, started: float) -> dict:

@@ -454,8 +454,8 @@ def for_training(limit: int, model, world: World, compute: Compute) -> HellaSwag
         return None
     if model.config.vocab_size < N_VOCAB:
         say(
-            f"hellaswag | skipped, the model knows {model.config.vocab_size} tokens, GPT-2's "
-            f"tokenizer has {N_VOCAB}"
+            f"hellaswag | skipped: it needs GPT-2's {N_VOCAB:,} tokens, the model has "
+            f"{model.config.vocab_size:,}; hint: --hellaswag_limit 0"
         )
         return None
     items = on_rank0(read_items)

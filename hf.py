@@ -18,17 +18,16 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import tyro
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from config import TrainConfig
 from model import GPT, GPTConfig
 from runtime import checkpoint
-from runtime.checkpoint import FLOATS, Checkpoint
+from runtime.checkpoint import Checkpoint, Header
 from runtime.command_line import (
     PathText,
     UserError,
@@ -137,10 +136,6 @@ def has_checkpoint(where: str) -> bool:
     return is_checkpoint or bool(checkpoint.steps(path / "ckpt") or checkpoint.steps(path))
 
 
-def unreadable(path: str | Path, e: OSError) -> UserError:
-    return UserError(f"{path} cannot be read ({one_line(e)}); hint: check path and permissions")
-
-
 def load_checkpoint(saved: Checkpoint) -> GPT:
     """Return the model of a checkpoint, on the CPU, rebuilt from the config stored with it."""
     check_shape(saved)
@@ -198,11 +193,9 @@ def check_shape(saved: Checkpoint):
 
     Raises UserError where they differ: its config may ask for any amount of memory.
     """
-    headers = {
-        key: Header(shape, FLOATS[0]) for key, shape in checkpoint.weight_shapes(saved).items()
-    }
     hint = "hint: use the version that wrote it, or an older checkpoint"
-    shape_only(stored_shape(saved), headers, str(saved.path), hint)
+    header = checkpoint.weights_header(saved)
+    shape_only(stored_shape(saved), header, str(saved.path), hint)
 
 
 def newest_run(log_dir: str = "log") -> str:
@@ -258,7 +251,7 @@ def find_folder(name_or_folder: str) -> Path:
         if not any((folder / f"model.safetensors{end}").exists() for end in ("", ".index.json")):
             raise UserError(missing_weights(folder))
     except OSError as e:
-        raise unreadable(folder, e) from e
+        raise checkpoint.unreadable(folder, e) from e
     return folder
 
 
@@ -373,11 +366,8 @@ def read_config(folder: Path) -> GPTConfig:
 # safetensors: headers first, so that nothing is built that the files do not hold
 
 
-class Header(NamedTuple):
-    """What a file says of a weight."""
-
-    shape: tuple[int, ...]
-    dtype: str
+# types of weights that load into a model
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -401,13 +391,11 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_headers(paths: list[Path]) -> dict[str, Header]:
-    """Return shape and type of each weight by its name, without reading the weights."""
+    """Return the headers of a folder's files as one. Raises UserError for what is none."""
     headers = {}
     for path in paths:
-        with reading(path), safe_open(path, "pt") as f:
-            for key in f.keys():  # noqa: SIM118  not a dict
-                part = f.get_slice(key)
-                headers[key] = Header(tuple(part.get_shape()), part.get_dtype())
+        with reading(path):
+            headers |= checkpoint.read_header(path)
     return headers
 
 

@@ -260,7 +260,7 @@ def evaluate_only(
         checkpoint.restore(resume_from, model)
     compute = start_computing(cfg, model, world.device)
     if cfg.B == "auto":
-        with stop.compiling():
+        with stop.patient():
             B = fit_batch(cfg, model, model, compute, 0, world)
         cfg = dataclasses.replace(cfg, B=B)
     step = resume_from.step if resume_from else 0
@@ -295,7 +295,7 @@ def set_up(
         copies = (0 if resume_from else 2) + dist.is_initialized()
         reserved = copies * sum(4 * p.numel() for p in model.parameters())
         # in DDP, as in training: there the compiled graph is cut
-        with stop.compiling():
+        with stop.patient():
             B = fit_batch(cfg, model, train_model, compute, reserved, world)
         cfg = dataclasses.replace(cfg, B=B)
     micro_steps = split_batch(cfg, world)
@@ -343,7 +343,7 @@ def warm_up(run: Run):
     if run.compute.compiled:
         say("warm-up | compiling, once: about 20 s on a CPU, a minute or two on a GPU")
     started = time.perf_counter()
-    with run.stop.compiling():
+    with run.stop.patient():
         run.compute.try_pass(run.train_model, run.cfg.B, run.cfg.T)
     run.optimizer.zero_grad(set_to_none=True)
     say(f"warm-up | {time.perf_counter() - started:.1f} s")

@@ -633,30 +633,30 @@ def find(where: str | Path) -> Checkpoint:
     )
 
 
-# types of weights that load into a model, as their file's header names them
-FLOATS = ("F64", "F32", "F16", "BF16")
+class Header(NamedTuple):
+    """What a file of tensors says of one, before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: str  # in the file's words: F32, BF16, I64, ...
 
 
-def weight_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a checkpoint's weights by name, from the header of their file alone.
+def read_header(path: Path) -> dict[str, Header]:
+    """Return shape and type of each tensor in a file by its name, without reading the tensors."""
+    header = {}
+    with safe_open(path, "pt") as f:
+        for name in f.keys():  # noqa: SIM118  it is no dictionary
+            tensor = f.get_slice(name)
+            header[name] = Header(tuple(tensor.get_shape()), tensor.get_dtype())
+    return header
 
-    Raises UserError for weights that are no floating-point numbers, and when it has no header.
-    """
+
+def weights_header(checkpoint: Checkpoint) -> dict[str, Header]:
+    """Return the header of a checkpoint's weights. Raises UserError when there is none."""
     path = checkpoint.path / "model.safetensors"
-    shapes = {}
     try:
-        with safe_open(path, "pt") as f:
-            for name in f.keys():  # noqa: SIM118  it is no dictionary
-                weight = f.get_slice(name)
-                if weight.get_dtype() not in FLOATS:
-                    raise UserError(
-                        f"{path}: {name} has type {weight.get_dtype()}, expected one of "
-                        f"{', '.join(FLOATS)}; hint: another checkpoint"
-                    )
-                shapes[name] = tuple(weight.get_shape())
+        return read_header(path)
     except (OSError, RuntimeError, SafetensorError) as e:
         raise not_loaded(path, e) from e
-    return shapes
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:

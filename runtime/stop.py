@@ -43,7 +43,7 @@ class Stop:
     that were ignored at start (nohup) stay ignored. Before `armed` is set there is nothing to save,
     and a signal raises Stopped at once. Outside the main thread Python allows no signal handlers:
     then none is set. A watchdog thread kills this process and its peers on this machine when poll()
-    was not called for `timeout` seconds (see compiling()): torchrun alone would give a hanging
+    was not called for `timeout` seconds (see patient()): torchrun alone would give a hanging
     process, which cannot answer its SIGTERM, another 30 s.
     """
 
@@ -111,8 +111,8 @@ class Stop:
                 return
 
     @contextmanager
-    def compiling(self) -> Iterator[None]:
-        """Inside the block let COMPILE_SECONDS pass without poll(): torch.compile calls none."""
+    def patient(self) -> Iterator[None]:
+        """Inside the block let COMPILE_SECONDS pass without poll(), as torch.compile calls none."""
         self.limit = max(self.timeout, COMPILE_SECONDS)
         try:
             yield

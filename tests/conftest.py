@@ -118,6 +118,19 @@ TINY = tuple(options(*(f"--{name} {value}" for name, value in SMALL.items())))
 
 
 # starts scripts under torchrun: what NCCL refuses then fails under gloo, too
+def start_waiting(script: str, path: Path, line: str) -> subprocess.Popen:
+    """Start a Python script with a path, which prints a line and then waits for its stdin."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(path)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == f"{line}\n"
+    return process
+
+
 STRICT_GROUP = ROOT / "tests" / "strict_group.py"
 
 

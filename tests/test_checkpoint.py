@@ -12,8 +12,6 @@ import os
 import resource
 import shutil
 import stat
-import subprocess
-import sys
 import tempfile
 import time
 import types
@@ -22,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, at_step, files, options, write_shards
+from conftest import TINY, at_step, files, options, start_waiting, write_shards
 
 import hf
 from config import preset
@@ -366,19 +364,6 @@ sys.stdin.read()
 """
 
 
-def start_holder(folder: Path) -> subprocess.Popen:
-    """Start a process that holds the lock of a directory."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(folder)],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout.readline() == "locked\n"
-    return process
-
-
 @pytest.mark.parametrize("supported", [True, False])
 def test_the_lock_of_a_killed_process_is_free(tmp_path, monkeypatch, supported):
     """With the system's locks, and by the number in the file where there are none."""
@@ -388,7 +373,7 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path, monkeypatch, supported):
 
     if not supported:
         monkeypatch.setattr(fcntl, "flock", refuse)
-    holder = start_holder(tmp_path)
+    holder = start_waiting(HOLDER, tmp_path, "locked")
     with pytest.raises(BlockingIOError, match=f"process {holder.pid} on "):
         Lock(tmp_path)
     holder.kill()
@@ -625,10 +610,10 @@ def test_a_shape_that_is_not_the_weights_own_is_refused_before_anything_is_built
     [
         (lambda t: t * float("nan"), "is NaN or infinite"),
         (lambda t: t + float("inf"), "is NaN or infinite"),
-        (lambda t: t > 0, "has type BOOL"),
-        (lambda t: t.to(torch.int8), "has type I8"),
-        (lambda t: t.to(torch.complex64), "has type C64"),
-        (lambda t: t.to(torch.float8_e4m3fn), "has type F8_E4M3"),
+        (lambda t: t > 0, "BOOL, expected"),
+        (lambda t: t.to(torch.int8), "I8, expected"),
+        (lambda t: t.to(torch.complex64), "C64, expected"),
+        (lambda t: t.to(torch.float8_e4m3fn), "F8_E4M3, expected"),
     ],
 )
 def test_weights_are_finite_floating_point_numbers(sealed, convert, words):

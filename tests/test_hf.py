@@ -785,7 +785,7 @@ def test_a_checkpoint_deleted_while_it_is_read_gives_way_to_the_next(tmp_path, m
     run_dir = tmp_path / "run" / "ckpt"
     run_dir.mkdir(parents=True)
     shutil.copytree(paths[0], run_dir / "step_000000")
-    weight_shapes = checkpoint.weight_shapes
+    weights_header = checkpoint.weights_header
 
     def prune(saved):
         """Twice, the newest checkpoint is replaced by a newer one before its weights are read."""
@@ -794,9 +794,9 @@ def test_a_checkpoint_deleted_while_it_is_read_gives_way_to_the_next(tmp_path, m
         if step < 3:
             shutil.copytree(paths[step], run_dir / paths[step].name)
             shutil.rmtree(old)
-        return weight_shapes(saved)
+        return weights_header(saved)
 
-    monkeypatch.setattr(checkpoint, "weight_shapes", prune)
+    monkeypatch.setattr(checkpoint, "weights_header", prune)
     assert hf.load(str(tmp_path / "run")).wte.weight[0, 0] == 2
     (run_dir / "step_000002" / "model.safetensors").write_bytes(b"x")
     with pytest.raises(UserError, match="no valid checkpoint"):

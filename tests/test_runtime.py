@@ -27,7 +27,7 @@ from typing import Literal
 import pytest
 import torch
 import tyro
-from conftest import ROOT, run
+from conftest import ROOT, run, start_waiting
 from test_shards import world
 
 from config import preset
@@ -123,23 +123,10 @@ with atomic(sys.argv[1]) as temporary:
 """
 
 
-def start_writer(path) -> subprocess.Popen:
-    """Start a process that writes a file and waits for a line before the block ends."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(path)],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout.readline() == "written\n"
-    return process
-
-
 def test_what_a_killed_process_left_is_removed_by_the_next_writer(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    process = start_writer(path)
+    process = start_waiting(WRITER, path, "written")
     process.kill()
     process.communicate()
     assert path.read_text() == "old"
@@ -153,7 +140,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next_writer(tmp_path):
 def test_two_processes_may_write_the_same_file(tmp_path):
     """Each finds its own file in place when its block ends; the last one wins."""
     path = tmp_path / "a.txt"
-    process = start_writer(path)
+    process = start_waiting(WRITER, path, "written")
     with atomic(path) as temporary:
         temporary.write_text("by this process")
     assert path.read_text() == "by this process"
@@ -289,7 +276,7 @@ def test_the_watchdog_waits_for_a_compilation(monkeypatch, capfd):
     monkeypatch.setattr(os, "_exit", end)
     watchdog = threading.Thread(target=stop.watch, args=(0, []), daemon=True)
     try:
-        with stop.compiling():
+        with stop.patient():
             watchdog.start()
             assert not ended.wait(1.5)  # it looks once a second
         assert ended.wait(5)
