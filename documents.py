@@ -247,7 +247,7 @@ def read_text(stream, path: str, source: dict) -> str | LongText:
     kept = []
     length = marks = 0
     blank = True
-    tail = ""  # of the chunk before: the start of a mark that goes on in the next one
+    tail = ""  # of the chunk before: the start of a mark that ends in the next one
     for chunk in decode(stream):
         length += len(chunk)
         blank = blank and chunk.isspace()
