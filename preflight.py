@@ -271,7 +271,8 @@ def out_of_range(cfg: TrainConfig) -> list[str]:
             f"run_name {cfg.run_name[:40]!r} has {size} bytes, must be at most {LONGEST_NAME} "
             "printable ones; hint: --run_name"
         )
-    if "/" in cfg.run_name or cfg.run_name in (".", ".."):
+    blank = cfg.run_name.isspace()
+    if blank or "/" in cfg.run_name or cfg.run_name in (".", ".."):
         wrong.append(
             f"run_name {cfg.run_name!r} must be a plain name; hint: --log_dir sets the place"
         )

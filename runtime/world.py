@@ -37,7 +37,10 @@ def join_world(device: str, timeout: float = 600, deterministic: bool = False) -
     """
     rank, world_size = launched_as()
     if not 0 < timeout < 1e9:  # NaN, too
-        raise UserError(f"group_timeout is {timeout}, must be above 0; hint: --group_timeout 600")
+        raise UserError(
+            f"group_timeout is {timeout} seconds, must be above 0 and below 1e9; "
+            "hint: --group_timeout 600"
+        )
     if deterministic:
         # read by cuBLAS when it starts, and by torch's compiler, which else chooses among
         # reductions by timing them

@@ -458,6 +458,7 @@ def test_all_problems_at_once():
         (dict(run_name="x" * 300), "has 300 bytes, must be at most 200"),
         (dict(run_name="\x1b[2J"), "must be at most 200 printable"),
         (dict(run_name="a\nb"), "must be at most 200 printable"),
+        (dict(run_name=" "), "run_name ' ' must be a plain name"),
     ],
 )
 def test_absurd_settings_are_refused_at_once(changes, words):
