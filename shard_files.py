@@ -6,6 +6,7 @@ version 1, count; then the ids). manifest.json lists the shards of a directory a
 is written after them. While it says `complete: false`, shards that it does not list do not count.
 """
 
+import errno
 import hashlib
 import io
 import itertools
@@ -24,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from runtime.command_line import UserError, one_line
-from runtime.files import atomic, write_json
+from runtime.files import atomic, remedy, write_json
 from tokenizer import EOT
 
 MANIFEST_FORMAT = 1  # of manifest.json
@@ -280,7 +281,15 @@ def verify(shards: list[Shard], wrong: list[UserError], idle: float):
                 # written last: before, it had another content
                 wrong.append(DamagedShard(message, shard.path, os.stat(shard.path).st_mtime))
         except OSError as e:
-            wrong.append(UserError(f"{shard.path} cannot be read ({e.strerror}); {RESTORE_HINT}"))
+            wrong.append(unreadable(shard.path, e))
+
+
+def unreadable(path: str, e: OSError) -> UserError:
+    """Return the error for a shard that was there when the run began and cannot be read now."""
+    hint = RESTORE_HINT
+    if e.errno not in (errno.ENOENT, errno.ENOTDIR):
+        hint = f"hint: {remedy(e, path)}, then run the same command to resume"
+    return UserError(f"{path} cannot be read any more ({e.strerror}); {hint}")
 
 
 def same_content(shard: Shard, now: tuple) -> bool:

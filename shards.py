@@ -20,7 +20,15 @@ import torch
 from runtime.command_line import UserError
 from runtime.device import worker_thread
 from runtime.world import World
-from shard_files import RESTORE_HINT, DamagedShard, Shard, same_content, stamp, start_verifying
+from shard_files import (
+    RESTORE_HINT,
+    DamagedShard,
+    Shard,
+    same_content,
+    stamp,
+    start_verifying,
+    unreadable,
+)
 from tokenizer import EOT
 
 # How often each shard's size and mtime are compared with the first ones: 2 us, a window takes 3.
@@ -191,7 +199,7 @@ class Windows:
         try:
             now = stamp(path)
         except OSError as e:
-            raise UserError(f"{path} cannot be read any more ({e.strerror}); {RESTORE_HINT}") from e
+            raise unreadable(path, e) from e
         if not at_start or now == at_start:
             return
         if same_content(self.shards[shard], now):  # e.g. touched
@@ -216,7 +224,7 @@ class Windows:
                 self.files[shard] = open(path, "rb", buffering=0)  # noqa: SIM115
             n_bytes = os.preadv(self.files[shard].fileno(), (row,), first_byte)
         except OSError as e:
-            raise UserError(f"{path} cannot be read ({e.strerror}); {RESTORE_HINT}") from e
+            raise unreadable(path, e) from e
         if n_bytes != row.nbytes:
             raise UserError(
                 f"{path} has become shorter, no {len(row)} tokens at {token}; {RESTORE_HINT}"
@@ -259,7 +267,7 @@ class Windows:
                     ids = np.fromfile(f, np.uint16, READ_TOKENS)
                     starts.append(token + np.flatnonzero(ids == EOT))
         except OSError as e:
-            raise UserError(f"{path} cannot be read ({e.strerror}); {RESTORE_HINT}") from e
+            raise unreadable(path, e) from e
         return np.unique(np.concatenate(starts))
 
 

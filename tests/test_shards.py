@@ -4,6 +4,8 @@ python -m pytest tests/test_shards.py
 """
 
 import collections
+import errno
+import os
 import subprocess
 import sys
 import time
@@ -391,3 +393,24 @@ def test_a_shard_that_changes_during_a_run_is_named(tmp_path, monkeypatch, chang
     monkeypatch.setattr(shards, "CHECK_SECONDS", 0.0)
     with pytest.raises(UserError, match=f"data_train_000000.npy {words}.*hint: restore the shard"):
         w.read(np.arange(4), rows)
+
+
+@pytest.mark.parametrize(
+    "number, hint",
+    [
+        (errno.EMFILE, "raise `ulimit -n`"),
+        (errno.EACCES, "change the permissions of"),
+        (errno.EIO, "look after the disk of"),
+        (errno.ENOENT, "restore the shard"),
+    ],
+)
+def test_an_error_of_reading_says_what_helps_against_it(tmp_path, monkeypatch, number, hint):
+    write_shards(tmp_path, {"train": [2000]})
+    w = open_windows(tmp_path, 16)
+
+    def fail(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(UserError, match=f"cannot be read any more .*; hint: {hint}.*to resume"):
+        w.read(np.arange(4), np.zeros((4, 17), np.uint16))
