@@ -317,16 +317,26 @@ class Records:
         say(f"           python {next_command}")
 
     def close(self, finished: bool):
-        """Close the log, mark how the run ended. What it can do without comes last."""
+        """Close the log, mark how the run ended. What it can do without comes last.
+
+        Raises UserError for a finished run whose last lines or mark could not be written.
+        """
         self.log.close()
+        error = self.log.error
         if self.saver:
-            if finished:
+            if finished and not error:
                 content = {"step": self.cfg.max_steps, "val_loss": self.val_loss}
-                write_mark(self.cfg, "finished.json", content)
+                error = write_mark(self.cfg, "finished.json", content)
             elif isinstance(self.stop.error, Diverged):
                 write_mark(self.cfg, "diverged.json", {"error": str(self.stop.error)})
             self.draw_curves()
         self.give_back()
+        if finished and error:
+            raise UserError(
+                f"training is done, but not all of its records could be written to "
+                f"{self.cfg.run_dir} ({one_line(error)}); "
+                f"hint: {remedy(error, self.cfg.run_dir)}, then the same command writes them"
+            )
 
     def release(self):
         """Give the run directory back after an error, so that this process can resume the run.
@@ -548,17 +558,20 @@ def data_of_run(windows: shards.Windows, fingerprint: str) -> shards.Windows | N
     return shards.Windows(first, windows.T, windows.data_order, windows.seed, windows.vocab_size)
 
 
-def write_mark(cfg: TrainConfig, name: str, content: dict):
+def write_mark(cfg: TrainConfig, name: str, content: dict) -> OSError | None:
     """Write how a run ended, for scripts to test for: torchrun's exit status does not tell.
 
-    A disk that fails once is tried again.
+    A disk that fails once is tried again. Returns why it could not be written.
     """
-    for last_try in (False, True):
+    error = None
+    for _ in range(2):
         try:
-            return write_json(cfg.run_dir / name, content)
+            write_json(cfg.run_dir / name, content)
+            return None
         except OSError as e:
-            if last_try:
-                say(f"{name} not written: {one_line(e)}; hint: the same command writes it")
+            error = e
+    say(f"{name} not written: {one_line(error)}")
+    return error
 
 
 def finished_loss(cfg: TrainConfig) -> float | None:

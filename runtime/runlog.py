@@ -146,6 +146,7 @@ class RunLog:
         self.file = None
         self.end = 0  # byte at which the next line goes
         self.unwritten: list[bytes] = []  # lines that could not be written yet
+        self.error: OSError | None = None  # why not
         self.lock = threading.Lock()  # the thread that saves checkpoints writes, too
         self.directory_lock: Lock | None = None  # of the run directory
 
@@ -233,8 +234,9 @@ class RunLog:
         except OSError as e:
             if len(self.unwritten) == 1:
                 say(f"metrics.jsonl | not written, the lines are kept for later: {one_line(e)}")
+            self.error = e
             return
-        self.unwritten = []
+        self.unwritten, self.error = [], None
         self.end += len(data)
 
     def reopen_if_replaced(self):
@@ -281,7 +283,7 @@ class RunLog:
                 pass  # flush() has said so
 
     def close(self):
-        """Close metrics.jsonl and give the run directory back, once."""
+        """Close metrics.jsonl and give the run directory back, once; `error`: lines are lost."""
         if self.file is not None:
             self.sync()
             if self.unwritten:

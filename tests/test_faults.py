@@ -35,6 +35,7 @@ from conftest import (
     run,
     torchrun,
     wait_at_the_save,
+    wait_at_the_start,
     weights,
     write_shards,
 )
@@ -43,12 +44,13 @@ from test_shard_files import flip, with_manifest
 import compare
 import hf
 import optim
+import records as records_of_a_run
 import shard_files
 import shards
 from model import GPT
 from runtime import checkpoint, runlog
 from runtime.command_line import UserError
-from runtime.files import sha256
+from runtime.files import sha256, write_json
 from runtime.runlog import read_metrics
 from runtime.stop import Diverged, Stop
 from runtime.world import World
@@ -632,11 +634,12 @@ def tracer_of(thread: int) -> int:
     return int(re.search(r"TracerPid:\s+(\d+)", status)[1])
 
 
-def traced(argv: list[str], output: Path, *options: str) -> int:
-    """Train with strace at the thread that saves; return the exit status."""
+def traced(argv: list[str], output: Path, *options: str, wait=wait_at_the_save) -> int:
+    """Train with strace at the thread that `wait` announces; return the exit status."""
+    output.touch()
     context = multiprocessing.get_context("forkserver")
     ours, theirs = context.Pipe()
-    process = context.Process(target=wait_at_the_save, args=(argv, str(output), theirs))
+    process = context.Process(target=wait, args=(argv, str(output), theirs))
     process.start()
     theirs.close()
     thread = ours.recv()
@@ -667,29 +670,32 @@ def short(command, launch, tmp_path_factory):
     return short
 
 
-def calls_of_the_first_save(short) -> list[tuple[str, int]]:
-    """Return the system calls of a save: each name, and the how many-th of that name it is."""
+def system_calls(short, wait) -> list[tuple[str, int]]:
+    """Return a thread's system calls: each name, and the how many-th of that name it is.
+
+    Those of the thread that saves up to the end of its first save.
+    """
     shutil.rmtree(short.folder / "counted", ignore_errors=True)
     log = short.folder / "calls.txt"
-    names = CALLS.replace(" ", ",")
-    status = traced(short("counted"), short.folder / "c.txt", "-o", log, "-e", f"trace={names}")
-    assert status == 0
+    trace = ["-o", log, "-e", f"trace={CALLS.replace(' ', ',')}"]
+    assert traced(short("counted"), short.folder / "c.txt", *trace, wait=wait) == 0
     calls, seen = [], {}
     for line in log.read_text().splitlines():
         name = line.partition("(")[0]
         seen[name] = seen.get(name, 0) + 1
         calls.append((name, seen[name]))
-        if name in ("rename", "renameat") and '/step_000003"' in line.partition(",")[2]:
+        first_saved = name in ("rename", "renameat") and '/step_000003"' in line.partition(",")[2]
+        if first_saved and wait is wait_at_the_save:
             break
     return calls
 
 
-def assert_survives(short, train_here, call: str, n: int, fault: str):
-    """Hit one system call of a save: afterwards the same command ends as the whole run does."""
+def assert_survives(short, train_here, call: str, n: int, fault: str, wait=wait_at_the_save):
+    """Hit one system call of a thread: afterwards the same command ends as the whole run does."""
     name = f"{call}-{n}-{fault.partition('=')[2]}"
     run_dir, output = short.folder / name, short.folder / f"{name}.txt"
     inject = ["-o", "/dev/null", "-e", f"trace={call}", "-e", f"inject={call}:{fault}:when={n}"]
-    status = traced(short(name), output, *inject)
+    status = traced(short(name), output, *inject, wait=wait)
     text = output.read_text()
     assert status == (-9 if "KILL" in fault else 0) and "Traceback" not in text, (name, text)
     assert fault != "error=ENOSPC" or "NOT saved" in text, (name, text)
@@ -718,11 +724,21 @@ def test_a_fault_at_each_system_call_of_a_save_loses_nothing(
     short, train_here, fast_curves, fault, every
 ):
     """Kills at every call, errors at every fourth."""
-    calls = calls_of_the_first_save(short)[::every]
+    calls = system_calls(short, wait_at_the_save)[::every]
     assert len(calls) > 30 // every
     for call, n in calls:
         assert_survives(short, train_here, call, n, fault)
     print(f"{fault} at {len(calls)} system calls of a save: nothing lost")
+
+
+@pytest.mark.slow
+def test_a_kill_at_system_calls_of_the_main_thread_loses_nothing(short, train_here, fast_curves):
+    """It opens, locks and writes the log, the settings and the marks: every eighth call."""
+    calls = system_calls(short, wait_at_the_start)[::8]
+    assert len(calls) > 30
+    for call, n in calls:
+        assert_survives(short, train_here, call, n, "signal=KILL", wait_at_the_start)
+    print(f"killed at {len(calls)} system calls of the main thread: nothing lost")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -812,6 +828,34 @@ def test_a_failing_log_changes_nothing(whole, train, tmp_path, monkeypatch):
     status, out = train("r")
     assert status == 0 and "metrics.jsonl | not written" in out and "curves | not drawn" in out
     assert_equal(tmp_path / "r", whole)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "finished.json"])
+def test_a_run_whose_last_records_cannot_be_written_is_not_finished(
+    whole, train, tmp_path, monkeypatch, name
+):
+    """To the end no line of the log, or no mark, can be written: the same command writes them."""
+
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        if name == "metrics.jsonl":
+            patch.setattr(runlog, "write_all", fail)
+        else:
+            patch.setattr(records_of_a_run, "write_json", fail_for(name, fail))
+        with pytest.raises(UserError, match="not all of its records .* hint: make room in"):
+            train("r")
+    assert not (tmp_path / "r" / "finished.json").exists()
+    status, out = train("r")
+    assert status == 0 and "resume | step 60" in out
+    assert_equal(tmp_path / "r", whole)
+    assert (tmp_path / "r" / "finished.json").exists()
+
+
+def fail_for(name: str, fail):
+    """Return a write_json that fails for files of this name."""
+    return lambda path, content: (fail if path.name == name else write_json)(path, content)
 
 
 def test_a_console_that_is_gone_stops_nothing():
