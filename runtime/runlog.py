@@ -196,9 +196,9 @@ class RunLog:
         """Replace metrics.jsonl by one with another text, atomically."""
         with atomic(self.path) as temporary:
             temporary.write_bytes(text)
+        file = open_to_update(self.path)
         self.file.close()
-        self.file = open_to_update(self.path)
-        self.end = len(text)
+        self.file, self.end = file, len(text)
 
     def say_missing(self, resume_step: int):
         """Say which steps before the one to resume from have no line: training needs none."""

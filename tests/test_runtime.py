@@ -807,6 +807,24 @@ def test_a_log_that_is_deleted_or_replaced_is_written_again(open_log, tmp_path, 
         open_log(0)
 
 
+def test_a_log_that_cannot_be_opened_again_keeps_its_lines(open_log, tmp_path, monkeypatch):
+    """It was deleted, and its new file cannot be opened at first: the next line brings them all."""
+    log = open_log(0)
+    log.write({"step": 1, "train/loss": 5.0})
+    (tmp_path / "metrics.jsonl").unlink()
+
+    def fail(path):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runlog, "open_to_update", fail)
+        log.write({"step": 2, "train/loss": 5.0})
+        assert log.error.errno == errno.EMFILE
+    log.write({"step": 3, "train/loss": 5.0})
+    assert (tmp_path / "metrics.jsonl").read_text() == text_of(LOGGED[1:4]) and not log.error
+    log.close()
+
+
 def test_a_log_that_is_cut_under_the_run_has_no_hole(open_log, tmp_path, capsys):
     log = open_log(0)
     for step in range(1, 4):
