@@ -159,14 +159,12 @@ class RunLog:
         self.run_dir, self.path = run_dir, path
         self.lock_directory()
         self.file = open_to_update(path)
-        content = self.file.read()
-        lines = content.splitlines(keepends=True)
-        text = b"".join(line for line in lines if belongs_before(line, resume_step))
-        if content.startswith(text):
-            self.file.truncate(len(text))
-            self.end = len(text)
-        else:  # the lines in between are later ones, or none
-            self.rewrite(text)
+        try:
+            text = self.cut(resume_step)
+        except BaseException:  # close() must not write where the cut has ended half-way
+            self.file.close()
+            self.file = None
+            raise
         present = set(text.splitlines(keepends=True))
         for line in kept or ():
             data = line.encode() + b"\n"
@@ -176,6 +174,18 @@ class RunLog:
             self.flush()
         self.say_missing(resume_step)
         cut_samples(run_dir / "samples.txt", resume_step)
+
+    def cut(self, resume_step: int) -> bytes:
+        """Leave out of metrics.jsonl what a run that resumes at a step writes again; return it."""
+        content = self.file.read()
+        lines = content.splitlines(keepends=True)
+        text = b"".join(line for line in lines if belongs_before(line, resume_step))
+        if content.startswith(text):
+            self.file.truncate(len(text))
+            self.end = len(text)
+        else:  # the lines in between are later ones, or none
+            self.rewrite(text)
+        return text
 
     def lock_directory(self):
         """Keep the run directory for this process, until close() or its end. Raises UserError."""

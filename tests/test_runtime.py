@@ -11,6 +11,7 @@ import fcntl
 import http.server
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -754,6 +755,30 @@ def test_cutting_a_log_on_a_full_disk_loses_no_line(open_log, tmp_path, lines):
     assert path.read_text().startswith(text_of(LOGGED[:4]))
     assert lines == LOGGED or path.read_text() == text_of(lines)
     assert names(tmp_path) == [".lock-log", "metrics.jsonl"]
+
+
+@pytest.mark.parametrize("call", range(3))
+def test_cutting_a_log_that_fails_half_way_loses_no_line(tmp_path, monkeypatch, call):
+    """At the fsync of the new file, its renaming, or the fsync of its directory."""
+    log, path = RunLog(), tmp_path / "metrics.jsonl"
+    path.write_text(text_of(SAVED_LATE))
+    calls = itertools.count()
+
+    def fragile(function):
+        def counted(*arguments):
+            if next(calls) >= call:
+                raise OSError(errno.EIO, "Input/output error")
+            return function(*arguments)
+
+        return counted
+
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(os, "fsync", fragile(os.fsync))
+        patch.setattr(os, "replace", fragile(os.replace))
+        log.open(tmp_path, 3)
+    log.close()
+    assert path.read_text() in (text_of(SAVED_LATE), text_of([*LOGGED[:4], SAVED_LATE[5]]))
+    assert names(tmp_path) == ["metrics.jsonl"]
 
 
 def test_lines_that_could_not_be_written_outlive_the_process(open_log, tmp_path, capsys):
