@@ -162,8 +162,7 @@ class RunLog:
         try:
             text = self.cut(resume_step)
         except BaseException:  # close() must not write where the cut has ended half-way
-            self.file.close()
-            self.file = None
+            self.close_file()
             raise
         present = set(text.splitlines(keepends=True))
         for line in kept or ():
@@ -207,7 +206,7 @@ class RunLog:
         with atomic(self.path) as temporary:
             temporary.write_bytes(text)
         file = open_to_update(self.path)
-        self.file.close()
+        self.close_file()
         self.file, self.end = file, len(text)
 
     def say_missing(self, resume_step: int):
@@ -298,13 +297,16 @@ class RunLog:
             self.sync()
             if self.unwritten:
                 say(f"metrics.jsonl | its last {len(self.unwritten)} lines could not be written")
-            try:
-                self.file.close()
-            except OSError as e:
-                say(f"metrics.jsonl | not closed: {one_line(e)}")
-            self.file = None
+            self.close_file()
         if self.directory_lock is not None:
             self.directory_lock.close()
+
+    def close_file(self):
+        file, self.file = self.file, None
+        try:
+            file.close()
+        except OSError as e:
+            say(f"metrics.jsonl | not closed: {one_line(e)}")
 
     def close_wandb(self, seconds: float = WANDB_END_SECONDS):
         """Send W&B what it has still to get, for so many seconds at most."""

@@ -735,9 +735,9 @@ def test_a_fault_at_each_system_call_of_a_save_loses_nothing(
 
 @pytest.mark.slow
 def test_a_kill_at_system_calls_of_the_main_thread_loses_nothing(short, train_here, fast_curves):
-    """It writes the log, the settings and the marks: every other call that changes a file."""
+    """It writes the log, the settings and the marks: every third call that changes a file."""
     changing = "mkdir rename renameat unlink unlinkat rmdir write fsync ftruncate"
-    calls = system_calls(short, wait_at_the_start, changing)[::2]
+    calls = system_calls(short, wait_at_the_start, changing)[::3]
     assert len(calls) > 30
     for call, n in calls:
         assert_survives(short, train_here, call, n, "signal=KILL", wait_at_the_start)

@@ -850,6 +850,26 @@ def test_a_log_that_cannot_be_opened_again_keeps_its_lines(open_log, tmp_path, m
     log.close()
 
 
+class NotClosed(io.FileIO):
+    """A file that a network disk cannot close: its last bytes may be lost."""
+
+    def close(self):
+        if not self.closed:
+            super().close()
+            raise OSError(errno.EIO, "Input/output error")
+
+
+def test_a_log_whose_old_file_cannot_be_closed_goes_on(open_log, tmp_path, capsys):
+    log = open_log(0)
+    log.write({"step": 1, "train/loss": 5.0})
+    log.file = NotClosed(tmp_path / "metrics.jsonl", "r+")
+    (tmp_path / "metrics.jsonl").unlink()
+    for step in (2, 3):
+        log.write({"step": step, "train/loss": 5.0})
+    assert (tmp_path / "metrics.jsonl").read_text() == text_of(LOGGED[1:4])
+    assert capsys.readouterr().out.count("not closed") == 1
+
+
 def test_a_log_that_is_cut_under_the_run_has_no_hole(open_log, tmp_path, capsys):
     log = open_log(0)
     for step in range(1, 4):
