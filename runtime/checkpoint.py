@@ -639,6 +639,9 @@ class Header(NamedTuple):
     shape: tuple[int, ...]
     dtype: str  # in the file's words: F32, BF16, I64, ...
 
+    def __str__(self) -> str:
+        return f"{self.dtype} {self.shape}"
+
 
 def read_header(path: Path) -> dict[str, Header]:
     """Return shape and type of each tensor in a file by its name, without reading the tensors."""
@@ -652,7 +655,11 @@ def read_header(path: Path) -> dict[str, Header]:
 
 def weights_header(checkpoint: Checkpoint) -> dict[str, Header]:
     """Return the header of a checkpoint's weights. Raises UserError when there is none."""
-    path = checkpoint.path / "model.safetensors"
+    return stored_header(checkpoint.path / "model.safetensors")
+
+
+def stored_header(path: Path) -> dict[str, Header]:
+    """Return the header of a checkpoint's file. Raises UserError when there is none."""
     try:
         return read_header(path)
     except (OSError, RuntimeError, SafetensorError) as e:
@@ -694,31 +701,50 @@ def load_weights(checkpoint: Checkpoint, model: torch.nn.Module):
         ) from e
 
 
-def load_moments(path: Path, parameters: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
-    """Load an optimizer's moments. Raises UserError for one that fits no parameter."""
-    moments = load_tensors(path)
-    for key, value in moments.items():
-        parameter = parameters.get(key.rpartition(".")[0])
-        if parameter is None or value.shape not in (parameter.shape, torch.Size()):
+def moments_header(names: dict[torch.nn.Parameter, str], optimizer) -> dict[str, Header]:
+    """Return what the file of an optimizer's moments says of them: AdamW's three, Muon's one."""
+    header = {}
+    for group in optimizer.param_groups:
+        moments = ["step", "exp_avg", "exp_avg_sq"]
+        if "momentum" in group:
+            moments = ["momentum_buffer"]
+        for parameter in group["params"]:
+            for moment in moments:
+                shape = () if moment == "step" else tuple(parameter.shape)
+                header[f"{names[parameter]}.{moment}"] = Header(shape, "F32")
+    return header
+
+
+def load_moments(path: Path, expected: dict[str, Header]) -> dict[str, torch.Tensor]:
+    """Load an optimizer's moments. Raises UserError unless they are exactly the expected ones.
+
+    The fused kernels look at neither shape nor type: they would read and write out of bounds.
+    """
+    header = stored_header(path)
+    for key in expected | header:
+        if header.get(key) != expected.get(key):
             raise UserError(
-                f"{path} does not fit this model: {key} {tuple(value.shape)}; "
-                "hint: same model settings as in its state.json"
+                f"{path} does not fit the optimizer: {key!r:.80} is "
+                f"{header.get(key, 'missing')!s:.80}, expected {expected.get(key, 'no such one')}; "
+                f"hint: --init_from {path.parent} under a new --run_name takes its weights alone"
             )
-    return moments
+    return load_tensors(path)
 
 
 def restore(checkpoint: Checkpoint, model: torch.nn.Module, optimizer=None):
     """Restore weights and moments. Rank 0 reads and broadcasts them: no shared disk is needed.
 
-    Raises UserError where the shapes differ.
+    Raises UserError where they are not this model's and this optimizer's.
     """
     parameters = dict(model.named_parameters())
     moments = {}  # as on the disk, on rank 0
 
     def read_tensors():
-        load_weights(checkpoint, model)
         if optimizer:
-            moments.update(load_moments(checkpoint.path / "optimizer.safetensors", parameters))
+            names = {parameter: name for name, parameter in parameters.items()}
+            expected = moments_header(names, optimizer)
+            moments.update(load_moments(checkpoint.path / "optimizer.safetensors", expected))
+        load_weights(checkpoint, model)
         return [(key, value.shape, value.dtype) for key, value in moments.items()]
 
     for key, shape, dtype in on_rank0(read_tensors):

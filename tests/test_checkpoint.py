@@ -23,6 +23,7 @@ import torch
 from conftest import TINY, at_step, files, options, start_waiting, write_shards
 
 import hf
+import optim
 from config import preset
 from model import GPT, GPTConfig
 from runtime import checkpoint
@@ -620,6 +621,61 @@ def test_weights_are_finite_floating_point_numbers(sealed, convert, words):
     path = sealed(tensors={"wpe.weight": convert(torch.ones(16, 16))})
     with pytest.raises(UserError, match=f"wpe.weight {words}"):
         hf.load(str(path))
+
+
+def after_one_step(name: str) -> tuple[GPT, torch.optim.Optimizer]:
+    """A toy model and its optimizer, which has all of its moments."""
+    model = GPT(dataclasses.replace(TOY, arch="modern" if name == "gpt2-modern" else "gpt2"))
+    optimizer = optim.build(preset(name), model, torch.float32)
+    ids = torch.arange(16)[None]
+    model(ids, ids).backward()
+    optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.parametrize(
+    "name, key",
+    [
+        ("gpt2-rope", "wpe.weight.exp_avg"),
+        ("gpt2-rope", "h.0.mlp.c_fc.bias.step"),
+        ("gpt2-modern", "lm_head.weight.exp_avg_sq"),
+        ("gpt2-modern", "h.0.attn.c_attn.weight.momentum_buffer"),
+    ],
+)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda key, t: {key: torch.zeros(() if t.dim() else 64)},
+        lambda key, t: {key: t[None]},
+        *(
+            lambda key, t, dtype=dtype: {key: t.to(dtype)}
+            for dtype in (torch.int64, torch.complex64, torch.bool, torch.bfloat16, torch.float64)
+        ),
+        lambda key, t: {},
+        lambda key, t: {key: t, f"{key}_more": t.clone()},
+        lambda key, t: {key: t, f"more\n.{key}": t.clone()},
+        lambda key, t: {key: t, "x" * 10**6: t.clone()},
+    ],
+)
+def test_moments_are_exactly_those_that_the_optimizer_makes(tmp_path, name, key, change):
+    """Others are refused before anything changes: fused kernels would read out of bounds."""
+    tensors = checkpoint.contents(*after_one_step(name))
+    whole = checkpoint.read(checkpoint.write(tmp_path, 1, tensors, {}))
+    moments = tensors["optimizer.safetensors"]
+    moments |= change(key, moments.pop(key))
+    damaged = checkpoint.read(checkpoint.write(tmp_path, 2, tensors, {}))
+
+    model, optimizer = after_one_step(name)
+    optimizer.state.clear()
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    with pytest.raises(UserError, match="does not fit the optimizer: .*hint: --init_from") as e:
+        checkpoint.restore(damaged, model, optimizer)
+    assert len(str(e.value)) < 1000 and "\n" not in str(e.value)
+    assert not optimizer.state
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+
+    checkpoint.restore(whole, model, optimizer)
+    optimizer.step()
 
 
 def to_fifo(path: Path):
