@@ -284,13 +284,13 @@ def refuse_not_finite(tensors: dict[str, dict[str, torch.Tensor]]):
 
 
 def is_finite(t: torch.Tensor) -> bool:
-    """Tell whether all values of a tensor in host memory are finite numbers."""
-    if t.dtype in (torch.float32, torch.float64):
-        # one pass without a copy, in numpy, because torch would start a second OpenMP thread pool;
-        # NaN and infinity survive every sum
-        with np.errstate(over="ignore", invalid="ignore"):
-            if np.isfinite(t.numpy().sum()):
-                return True
+    """Tell whether a tensor in host memory is finite all over in float32, the model's type."""
+    t = t.float()
+    # one pass without a copy, in numpy, because torch would start a second OpenMP thread pool;
+    # NaN and infinity survive every sum
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(t.numpy().sum()):
+            return True
     return bool(torch.isfinite(t).all())
 
 

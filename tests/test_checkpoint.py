@@ -611,6 +611,7 @@ def test_a_shape_that_is_not_the_weights_own_is_refused_before_anything_is_built
     [
         (lambda t: t * float("nan"), "is NaN or infinite"),
         (lambda t: t + float("inf"), "is NaN or infinite"),
+        (lambda t: t.double() * 1e300, "is NaN or infinite"),  # once it is the model's float32
         (lambda t: t > 0, "BOOL, expected"),
         (lambda t: t.to(torch.int8), "I8, expected"),
         (lambda t: t.to(torch.complex64), "C64, expected"),
