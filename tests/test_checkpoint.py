@@ -706,12 +706,16 @@ def test_what_is_no_file_is_not_read(sealed, make_file):
         {"sha256": ["model.safetensors"]},
         {"sha256": {"model.safetensors": 5}},
         {"format": "\x1b[2J"},
+        {"format": "x" * 10**6},
+        {"sha256": {"model.safetensors": ["x" * 10**6]}},
+        {"sha256": {"model.safetensors": "0", "../state.json": "0"}},
+        {"sha256": {"x" * 10**6: "0", "model.safetensors": "0"}},
     ],
 )
 def test_a_state_that_is_none_is_one_line(sealed, changes):
     with pytest.raises(UserError) as raised:
         checkpoint.read(sealed(changes))
-    assert "\x1b" not in str(raised.value)
+    assert "\x1b" not in str(raised.value) and len(str(raised.value)) < 1000
 
 
 @pytest.mark.parametrize("text", ["[]", "null", "5", "[" * 200_000, '{"format": 1' + "0" * 6000])
@@ -719,6 +723,14 @@ def test_a_state_of_another_kind_of_json_is_one_line(sealed, text):
     path = sealed()
     (path / "state.json").write_text(text)
     with pytest.raises(UserError, match="is not a whole checkpoint"):
+        checkpoint.read(path)
+
+
+def test_a_state_that_is_too_large_is_not_read(sealed):
+    """As a sparse file it costs its maker nothing, and would cost its reader twice the memory."""
+    path = sealed()
+    os.truncate(path / "state.json", 2**40)
+    with pytest.raises(UserError, match="state.json has 1,099,511,627,776 bytes, expected at most"):
         checkpoint.read(path)
 
 
