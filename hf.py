@@ -380,9 +380,9 @@ def weight_files(folder: Path) -> list[Path]:
             outside = [name for name in names if not isinstance(name, str) or "/" in name]
             if outside:
                 raise ValueError(f"it names {outside[0]!r}, which is not a file beside it")
-            missing = [name for name in names if not (folder / name).is_file()]
+            missing = names.difference(os.listdir(folder))  # there may be millions
             if missing:
-                raise ValueError(f"{len(missing)} of its files are missing, such as {missing[0]}")
+                raise ValueError(f"{len(missing)} of its files are missing, such as {min(missing)}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(
             f"{index} cannot be read ({one_line(e)}); hint: copy it and its files again"

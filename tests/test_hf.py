@@ -514,6 +514,17 @@ def test_damaged_index(copied, text):
     assert str(copied) in refusal(copied)
 
 
+def test_an_index_of_many_names_is_compared_with_one_listing(copied, monkeypatch):
+    """A look at each of the millions of files that an index may name would take minutes."""
+    index = {"weight_map": {str(i): f"{i}.safetensors" for i in range(10**4)}}
+    (copied / "model.safetensors.index.json").write_text(json.dumps(index))
+    looks = []
+    stat = os.stat
+    monkeypatch.setattr(os, "stat", lambda *args, **more: looks.append(args) or stat(*args, **more))
+    assert "10000 of its files are missing, such as 0.safetensors" in refusal(copied)
+    assert 0 < len(looks) < 100
+
+
 def test_missing_files_and_names(tmp_path, copied):
     assert "config.json" in refusal(tmp_path)  # a folder of something else
     (copied / "model.safetensors").rename(
