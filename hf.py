@@ -268,7 +268,7 @@ def check_vocabulary(folder: Path, config: GPTConfig):
         )
     beyond = config.vocab_size - N_VOCAB
     if beyond > 0:
-        names = ", ".join(list(added_tokens(folder))[:5])
+        names = ", ".join(repr(token[:40]) for token in list(added_tokens(folder))[:5])
         say(
             f"vocabulary | {folder} has {beyond} rows beyond GPT-2's {N_VOCAB:,} tokens"
             f"{f', added were {names}' if names else ''}: text never becomes these ids here, and "

@@ -214,7 +214,11 @@ def added_tokens(folder: Path) -> dict[str, int]:
                 added |= {token["content"]: int(i) for i, token in decoder.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             pass  # names for a message, no more
-    beyond = [(i, token) for token, i in added.items() if isinstance(i, int) and i >= N_VOCAB]
+    beyond = [
+        (i, token)
+        for token, i in added.items()
+        if isinstance(token, str) and isinstance(i, int) and i >= N_VOCAB
+    ]
     return {token: i for i, token in sorted(beyond)}
 
 

@@ -253,11 +253,27 @@ def test_what_transformers_saves_is_gpt2s_and_added_tokens_are_reported(
     assert tokenizer.added_tokens(folder) == {"<|user|>": 50257, "<|bot|>": 50258}
     write_source(folder, vocab_size=50259, n_layer=1, n_embd=16)
     hf.import_(str(folder), str(tmp_path / "run"))
-    assert "2 rows beyond GPT-2's 50,257 tokens, added were <|user|>, <|bot|>" in (
+    assert "2 rows beyond GPT-2's 50,257 tokens, added were '<|user|>', '<|bot|>'" in (
         capsys.readouterr().out
     )
     hf.export(str(tmp_path / "run"), str(tmp_path / "out"))
     assert "50,257 rows of vocabulary (2 beyond GPT-2's left out)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["a\nerror: x", "x" * 10**6, 5, None], ids=range(4))
+def test_what_an_added_token_is_called_stays_in_its_line(with_tokenizer, capsys, content):
+    """Its name is text of others, printed when a model is loaded; what is no text is left out."""
+    edit_json(
+        with_tokenizer / "tokenizer.json",
+        lambda c: c["added_tokens"].append(dict(id=50257, content=content)),
+    )
+    decoder = {"50257": dict(content=content), "50258": dict(content="y")}
+    (with_tokenizer / "tokenizer_config.json").write_text(
+        json.dumps({"added_tokens_decoder": decoder})
+    )
+    hf.check_vocabulary(with_tokenizer, GPTConfig(vocab_size=50259))
+    line = capsys.readouterr().out
+    assert line.count("\n") == 1 and len(line) < 1000 and "'y'" in line
 
 
 # --------------------------------------------------------------------------------------------------
