@@ -20,9 +20,19 @@ import tyro
 
 
 class UserError(Exception):
-    """A mistake by the user, shown as one line `error: ...; hint: ...` without a traceback."""
+    """A mistake by the user, shown as one line `error: ...; hint: ...` without a traceback.
+
+    Several mistakes are joined by a newline and seven blanks. Any other newline is written out, and
+    the middle of a long text left out: either may come from a file that the text quotes.
+    """
 
     status = 2  # of the process
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if len(text) > 4000:
+            text = f"{text[:3000]} ... {text[-995:]}"  # the hint is at the end
+        return re.sub(r"\n(?! {7})", r"\\n", text)
 
 
 def one_line(e: BaseException) -> str:
@@ -46,8 +56,11 @@ def printable(text: str) -> str:
     return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
-# C0 and C1 without newline and tab, and what changes the direction of writing
-CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+# C0 and C1 without newline and tab, Unicode's own line ends, what changes the direction of writing,
+# and halves of surrogate pairs, which no encoding has
+CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 def show(text: str, console: TextIO | None = None):

@@ -785,7 +785,7 @@ def test_the_card_gives_the_evaluation_of_the_checkpoint(tmp_path):
 
 def test_the_card_is_one_of_ours_whatever_the_run_is_called(tmp_path):
     """Names of others stay in their cell: no line, no column, no tag and no escape of theirs."""
-    name = "---\nlicense: x\n---\n# a|b <script> \x1b]0;x\x07"
+    name = "---\nlicense: x\n---\n# a|b <script> \x1b]0;x\x07\ud800"
     config = dict(log_dir=str(tmp_path), run_name=name, data_root=name, ckpt_dir="")
     save(make_model(vocab_size=97), tmp_path / "run", config=config)
     hf.export(str(tmp_path / "run"), str(tmp_path / "out"))

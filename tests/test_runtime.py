@@ -1074,7 +1074,7 @@ def test_say_survives_a_console_of_another_alphabet(monkeypatch):
 def test_control_characters_are_shown_and_not_sent(monkeypatch, capsys):
     """Whoever wrote them: in messages and in errors; newlines and tabs stay, other text, too."""
     monkeypatch.delenv("RANK", raising=False)
-    nasty = "\x1b]52;c;eA==\x07\x9b2J\r\u202e"
+    nasty = "\x1b]52;c;eA==\x07\x9b2J\r\u202e\u2028\ud800"
     say(f"{nasty}\n\t日本")
 
     def main():
@@ -1082,8 +1082,28 @@ def test_control_characters_are_shown_and_not_sent(monkeypatch, capsys):
 
     with pytest.raises(SystemExit):
         command_line.run_script(main)
-    shown = r"\x1b]52;c;eA==\x07\x9b2J\r\u202e"
+    shown = r"\x1b]52;c;eA==\x07\x9b2J\r\u202e\u2028\ud800"
     assert capsys.readouterr() == (f"{shown}\n\t日本\n", f"error: {shown}\n")
+
+
+@pytest.mark.parametrize(
+    "quoted",
+    ["a\nerror: all is well", "x" * 10**7, "a\n" * 10**5, "\n       " * 10**5],
+    ids=range(4),
+)
+def test_an_error_is_bounded_whatever_it_quotes(monkeypatch, capsys, quoted):
+    """Text of a file forges no line of ours and hides no hint; problems stay one per line."""
+    monkeypatch.setenv("RANK", "0")
+
+    def main():
+        raise UserError(f"B is 0; hint: --B\n       a weight is {quoted}; hint: copy it")
+
+    with pytest.raises(SystemExit):
+        command_line.run_script(main)
+    first, *others = capsys.readouterr().err.splitlines()
+    assert first == "error: B is 0; hint: --B"
+    assert all(line.startswith("       ") for line in others)
+    assert others[-1].endswith("; hint: copy it") and sum(map(len, others)) < 10_000
 
 
 @pytest.mark.parametrize("words", ["prepare.py --help", "prepare.py fineweb-edu --help"])
