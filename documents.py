@@ -30,7 +30,8 @@ LONGEST_LINE = 1 << 25  # bytes in a line of a .jsonl
 LONGEST_WORD = 1 << 20  # characters without a blank whose tokens are those of the whole
 END_OF_TEXT = "<|endoftext|>"  # ordinary text in a document
 LFS_POINTER = b"version https://git-lfs"
-READ_ERRORS = (OSError, EOFError, ValueError, zlib.error, RecursionError, NotImplementedError)
+READ_ERRORS = (OSError, EOFError, ValueError, zlib.error)
+READ_ERRORS += (RecursionError, NotImplementedError, MemoryError)
 
 # --------------------------------------------------------------------------------------------------
 # which files
@@ -211,7 +212,8 @@ def read_items(raw, path: str, kind: str, text_field: str, source: dict) -> Iter
         column = text_field if text_field in names else text_field.partition(".")[0]
         if column not in names:
             raise WrongField(f"no field {text_field!r}", names)
-        for batch in file.iter_batches(256, columns=[column]):
+        # few rows, as one value repeated takes no room in the file; threads are for many columns
+        for batch in file.iter_batches(8, columns=[column], use_threads=False):
             for value in batch.column(0):
                 yield column, value
 

@@ -239,17 +239,36 @@ print(peak() - before)
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path):
-    """48 MB of text, and 48 MB in one line of .jsonl, both from small files."""
+    """48 MB of text, 48 MB in one line of .jsonl, 512 rows of the same 2 MB: all small files."""
+    import pyarrow
+    import pyarrow.parquet
+
     block = "".join(f"{i} some words and more\n" for i in range(40_000)) + "\U0001f600\n"
     (tmp_path / "big.txt.gz").write_bytes(gzip.compress(block.encode(), 1) * 48)
     line = gzip.compress(b"x" * (1 << 20))
     (tmp_path / "line.jsonl.gz").write_bytes(gzip.compress(b'{"text": "') + line * 48)
+    rows = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 512), [" " * (1 << 21)])
+    table = pyarrow.table({"text": rows})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet", store_schema=False)
     for name, expected in {
         "big.txt.gz": str(48 * len(block)),
         "line.jsonl.gz": "line.jsonl.gz: ValueError: line 1 has more than 32 MB; hint:",
+        "rows.parquet": ": no documents but empty ones; hint:",
     }.items():
         found, growth = run("-c", PEAK, tmp_path / name).stdout.splitlines()
         assert expected in found and int(growth) < 120, growth
+
+
+def test_a_file_too_large_for_memory_is_named(tmp_path, monkeypatch):
+    """pyarrow's error, which is a MemoryError."""
+    import pyarrow
+
+    def out_of_memory(*_):
+        raise pyarrow.ArrowMemoryError("malloc of size 4294967296 failed")
+
+    monkeypatch.setattr(documents, "read_items", out_of_memory)
+    message = error((write(tmp_path / "a.parquet", ["text"]),), str(tmp_path / "out"))
+    assert "a.parquet: ArrowMemoryError: malloc of size 4294967296 failed; hint:" in message
 
 
 def test_long_documents_that_are_always_missed_are_cut(monkeypatch):
