@@ -147,7 +147,8 @@ def input_error(place: str, e: BaseException) -> UserError:
         problem = f"not JSON: {e.msg} at column {e.colno}"
     elif isinstance(e, WrongField):
         problem = str(e)
-        names = ", ".join(e.names[:10]) + (", ..." if len(e.names) > 10 else "")
+        names = ", ".join(f"{name!r:.80}" for name in e.names[:10])
+        names += ", ..." if len(e.names) > 10 else ""
         hint = f"--text_field, {'one of ' + names if names else 'the field that holds the text'}"
     return UserError(f"{place}: {problem}; hint: {hint}")
 

@@ -135,9 +135,15 @@ def test_half_a_surrogate_pair_is_replaced_and_reported(tmp_path, capsys):
 def test_a_wrong_field_is_answered_with_those_there_are(tmp_path, ending):
     path = write(tmp_path / f"a{ending}", ["one", "two"], "body")
     message = error((path,), str(tmp_path / "out"))
-    assert "no field 'text'; hint: --text_field, one of id, body" in message
+    assert "no field 'text'; hint: --text_field, one of 'id', 'body'" in message
     message = error((path,), str(tmp_path / "out"), text_field="id")
-    assert " 1: field 'id' is int, not text; hint: --text_field, one of id" in message
+    assert " 1: field 'id' is int, not text; hint: --text_field, one of 'id'" in message
+
+
+def test_field_names_cannot_forge_output(tmp_path):
+    path = write(tmp_path / "a.jsonl", ["one", "two"], "x\nerror: \x1b[2J" + "y" * 999)
+    message = error((path,), str(tmp_path / "out"))
+    assert "one of 'id', 'x\\nerror: \\x1b[2Jyy" in message and len(message) < 500
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".parquet"])
@@ -154,8 +160,8 @@ def test_the_text_may_be_a_field_of_a_field(tmp_path, ending):
 
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     message = error((str(path),), str(tmp_path / "out"), text_field="meta")
-    assert "is dict, not text; hint: --text_field, one of meta.n, meta.text" in message
-    assert "no field 'x'; hint: --text_field, one of n, text" in error(
+    assert "is dict, not text; hint: --text_field, one of 'meta.n', 'meta.text'" in message
+    assert "no field 'x'; hint: --text_field, one of 'n', 'text'" in error(
         (str(path),), str(tmp_path / "out"), text_field="meta.x"
     )
     prepare.files((str(path),), str(tmp_path / "out"), text_field="meta.text", val_share=0.5)
