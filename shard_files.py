@@ -24,16 +24,21 @@ from typing import NamedTuple
 
 import numpy as np
 
-from runtime.command_line import UserError, one_line
+from runtime.command_line import UserError, one_line, printable
 from runtime.files import atomic, remedy, write_json
 from tokenizer import EOT
 
 MANIFEST_FORMAT = 1  # of manifest.json
 BIN_MAGIC = 20240520  # llm.c's
 BIN_HEADER = 1024  # bytes: 256 int32
+LONGEST_HEADER = 1_000  # bytes in that of a .npy; numpy's have 118
+LARGEST_MANIFEST = 100_000_000  # bytes; FineWeb-Edu 350BT has 3,500 shards, 1 MB
 NO_BIN_HEADER = "its header is not llm.c's (magic 20240520, version 1)"
 RESTORE_HINT = "hint: restore the shard, then run the same command to resume"
 VERIFY_FIRST = 1 << 28  # tokens, 0.5 GB, that are compared with manifest.json before training
+# of numpy, for a header that is not one of its own
+HEADER_ERRORS = (ValueError, TypeError, SyntaxError, tokenize.TokenError)
+HEADER_ERRORS += (RecursionError, MemoryError)
 SCAN_TOKENS = 1 << 21  # read at a time: 4 MB
 
 
@@ -109,9 +114,14 @@ def read_npy_header(f) -> tuple[int, int]:
     }
     if version not in readers:
         raise ValueError(f"its .npy version is {version}, expected (1, 0) or (2, 0)")
+    start = f.tell()
+    length = int.from_bytes(f.read(2 * version[0]), "little")
+    if length > LONGEST_HEADER:
+        raise ValueError(f"its header has {length:,} bytes, expected {LONGEST_HEADER:,} at most")
+    f.seek(start)
     try:
         shape, _, dtype = readers[version](f)
-    except (TypeError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError) as e:
+    except HEADER_ERRORS as e:
         raise ValueError(f"its header is not numpy's ({one_line(e)})") from e
     if dtype != np.uint16 or len(shape) != 1:
         raise ValueError(f"it holds {dtype} of shape {shape}, expected one dimension of uint16")
@@ -188,11 +198,17 @@ def open_hint(problems: list[str], split: str) -> str:
 def shard_paths(root: str, split: str) -> list[Path]:
     """Return the files with the split as a word in their name, in order.
 
-    Raises UserError when there are two kinds.
+    Raises UserError when there are two kinds, or names that are not plain.
     """
     word = re.compile(rf"(?<![a-z]){split}(?![a-z])")  # not retrie[val]
     files = (p for p in Path(root).glob("*") if p.suffix in (".npy", ".bin"))
     paths = sorted(p for p in files if word.search(p.name))
+    for path in paths:
+        if not is_plain(path.name):
+            raise UserError(
+                f"{root} has a shard with control characters in its name, {path.name!r:.80}; "
+                "hint: rename it"
+            )
     if len({p.suffix for p in paths}) > 1:
         raise UserError(
             f"{root} mixes .npy and .bin {split} shards, maybe the same text twice; "
@@ -209,9 +225,15 @@ def read_manifest(root: str | Path) -> dict:
     try:
         if not path.is_file():
             raise ValueError("it is no regular file")
+        size = path.stat().st_size
+        if size > LARGEST_MANIFEST:
+            raise ValueError(f"it has {size:,} bytes, expected {LARGEST_MANIFEST:,} at most")
         manifest = json.loads(path.read_text(encoding="utf-8"))
         for shard in manifest["shards"]:
             check_entry(shard)
+        moving = manifest.get("moving", [])  # files that prepare.py has not yet all in place
+        if not isinstance(moving, list):
+            raise ValueError(f"moving is {moving!r:.80}, expected a list")
         if manifest["tokenizer"] != "gpt2":
             raise ValueError(f"tokenizer {manifest['tokenizer']!r}, expected 'gpt2'")
     except (ValueError, KeyError, TypeError, OSError, RecursionError) as e:
@@ -224,11 +246,19 @@ def check_entry(shard: dict):
     missing = {"file", "split", "tokens"} - set(shard)
     if missing:
         raise ValueError(f"a shard without {', '.join(sorted(missing))}")
-    name, sha256 = shard["file"], shard.get("sha256")
-    if not isinstance(name, str) or "/" in name or not name.isprintable():
+    name, split, sha256 = shard["file"], shard["split"], shard.get("sha256")
+    if not is_plain(name) or "/" in name:
         raise ValueError(f"a shard's file is {name!r:.80}, expected a name")
-    if type(shard["tokens"]) is not int or not isinstance(sha256, str | None):
-        raise ValueError(f"{name} has {shard['tokens']!r:.80} tokens, SHA-256 {sha256!r:.80}")
+    for key in ("tokens", "documents"):
+        if type(shard.get(key, 0)) is not int:
+            raise ValueError(f"{name} has {shard[key]!r:.80} {key}, expected a whole number")
+    if not isinstance(split, str) or not isinstance(sha256, str | None):
+        raise ValueError(f"{name} has the split {split!r:.80}, SHA-256 {sha256!r:.80}")
+
+
+def is_plain(name) -> bool:
+    """Tell whether a name is text without control characters, which could forge lines of output."""
+    return isinstance(name, str) and "\n" not in name and printable(name) == name
 
 
 # --------------------------------------------------------------------------------------------------
@@ -423,6 +453,6 @@ def refuse_occupied(root: str | Path, replaceable: Iterable[str] = ()):
     if occupied:
         more = ", ..." if len(occupied) > 3 else ""
         raise UserError(
-            f"{root} already holds {', '.join(occupied[:3])}{more}, never overwritten; "
+            f"{root} already holds {', '.join(map(repr, occupied[:3]))}{more}, never overwritten; "
             "hint: --out a new directory, or remove the old shards first"
         )

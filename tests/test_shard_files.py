@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +148,23 @@ DAMAGES = {  # what is done to the folder, what the message must say
         ),
         [SECOND, "header"],
     ),
+    "long header": (  # 2 GB of memory, 100 bytes on the disk
+        lambda folder: [
+            (folder / SECOND).write_bytes(b"\x93NUMPY\x02\x00\x00\x00\x00\x80" + bytes(99)),
+            os.truncate(folder / SECOND, 1 << 31),
+        ],
+        [SECOND, "header has 2,147,483,648 bytes"],
+    ),
+    "a header of something else": (
+        lambda folder: (folder / SECOND).write_bytes(
+            b"\x93NUMPY\x01\x00\xe8\x03" + b"'" + b"x" * 998 + b"'" + bytes(99)
+        ),
+        [SECOND, "header"],
+    ),
+    "a name of two lines": (
+        lambda folder: (folder / SECOND).rename(folder / "x_train\nerror: \x1b[2J.npy"),
+        ["control characters", r"'x_train\nerror: \x1b[2J.npy'"],
+    ),
     "wrong type": (
         lambda folder: np.save(folder / SECOND, np.zeros(500, np.int32)),
         ["int32", "uint16"],
@@ -192,10 +210,20 @@ DAMAGES = {  # what is done to the folder, what the message must say
         lambda folder: (folder / "manifest.json").write_text("[5]"),
         ["manifest.json", "TypeError"],
     ),
+    "manifest of 1 GB": (
+        lambda folder: os.truncate(with_manifest(folder) / "manifest.json", 1 << 30),
+        ["manifest.json", "1,073,741,824 bytes"],
+    ),
+    "files to move that are no list": (
+        lambda folder: with_manifest(folder, moving=5),
+        ["manifest.json", "moving is 5"],
+    ),
     "a number for a name": (list_entry(file=5), ["manifest.json", "file is 5"]),
     "a name that leads out": (list_entry(file="../x.npy"), ["file is '../x.npy'"]),
     "an escape for a name": (list_entry(file="\x1b[2J"), ["file is '\\x1b[2J'"]),
     "a text for a count": (list_entry(tokens="many"), ["has 'many' tokens"]),
+    "a text for documents": (list_entry(documents="x"), ["has 'x' documents"]),
+    "a number for a split": (list_entry(split=5), ["split 5"]),
     "a number for a hash": (list_entry(sha256=5), ["SHA-256 5"]),
     "incomplete entry": (
         lambda folder: write_json(
@@ -208,15 +236,19 @@ DAMAGES = {  # what is done to the folder, what the message must say
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_bad_shards_are_named(tmp_path, name):
-    """In one line with a hint."""
+    """In one line with a hint, and within 100 MB."""
     folder = write_shards(tmp_path, {"train": [1000, 500]})
     damage, words = DAMAGES[name]
     damage(folder)
+    tracemalloc.start()
     with pytest.raises(UserError) as e:
         open_shards(str(folder), "train", 64)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1e8
     message = str(e.value)
     assert all(word in message for word in (*words, "hint:")), message
-    assert "\n" not in message
+    assert "\n" not in message and len(message) < 900
 
 
 def test_a_short_validation_names_the_share(tmp_path):
