@@ -54,6 +54,7 @@ from runtime.command_line import PathText, UserError, one_line, parse_command, r
 from runtime.files import fsync, remove, sha256
 from shard_files import (
     ShardWriter,
+    is_plain,
     is_whole,
     open_shard,
     read_manifest,
@@ -238,7 +239,7 @@ def list_repository(repository: str, revision: str) -> tuple[str, list[dict]]:
         ),
     )
     listed = []
-    for file in info.siblings:
+    for file in info.siblings or ():
         digest = file.lfs.sha256 if file.lfs else None
         listed.append(dict(name=file.rfilename, bytes=file.size or 0, sha256=digest))
     return info.sha, listed
@@ -545,9 +546,12 @@ def refuse_other_text(job: Job, i: int, entry: dict, source: str):
 def resume(out: str, manifest: dict) -> Job:
     """Return the job begun in out. A file of which a shard is damaged is to be done again."""
     try:
-        shards = {shard["file"]: shard for shard in manifest["shards"] if is_whole(out, shard)}
+        counted = [shard for shard in manifest["shards"] if "documents" in shard]
+        shards = {shard["file"]: shard for shard in counted if is_whole(out, shard)}
         sources = []
         for source in manifest["sources"]:
+            if not is_input(source):
+                raise TypeError(f"an input file is {source}")
             if not shards.keys() >= set(source.get("shards", ())):
                 source = {key: source[key] for key in ("name", "bytes", "sha256")}
             sources.append(source)
@@ -606,10 +610,10 @@ def list_inputs(data: Dataset, source: str = "") -> tuple[str, list[dict]]:
 
 
 def list_folder(folder: str) -> list[dict]:
-    """Return the files in and below a folder, as list_repository() does."""
+    """Return the .parquet files in and below a folder, as list_repository() does."""
     files = []
     for path in Path(folder).rglob("*"):
-        if path.is_file():
+        if is_parquet(path.name) and path.is_file():
             name = path.relative_to(folder).as_posix()
             files.append(dict(name=name, bytes=path.stat().st_size, sha256=None))
     return files
@@ -622,6 +626,12 @@ def pick(listed: list[dict], folder: str, place: str) -> list[dict]:
     counts, of folders or file. Raises UserError when there are none, and when without a folder
     several have some: they may be the same text in two forms.
     """
+    wrong = [file for file in listed if not is_input(file)]
+    if wrong:
+        raise UserError(
+            f"{place} lists a file that cannot be used, {wrong[0]!r:.200}; hint: rename the files "
+            "that are to become shards, and give their folder as --source"
+        )
     for prefix in (folder, folder.replace("-", "/", 1)):  # sample-10BT is sample/10BT
         start = f"{prefix}/" if prefix not in ("", ".") else ""
         files = [f for f in listed if f["name"].startswith(start) and is_parquet(f["name"])]
@@ -649,6 +659,12 @@ def pick(listed: list[dict], folder: str, place: str) -> list[dict]:
             "hint: --config FOLDER, one of them, or --config . to take all"
         )
     return train
+
+
+def is_input(file: dict) -> bool:
+    """Tell whether an input file has a plain name, bytes, and a SHA-256 or None."""
+    name, size, digest = (file[key] for key in ("name", "bytes", "sha256"))
+    return is_plain(name) and type(size) is int and isinstance(digest, str | None)
 
 
 def is_parquet(name: str) -> bool:

@@ -543,6 +543,7 @@ class Hub(http.server.ThreadingHTTPServer):
         self.hashes = {name: sha256(folder / name) for name in self.names}
         self.faults = []  # "drop" or (status, error code), for the next requests, in turn
         self.fail_at = None  # name of a file whose content always breaks off
+        self.damage = lambda info: None  # what is wrong with the list of files
         self.xet = 0  # times that the next files are offered by Xet, from a store that is away
         self.listed = []  # revisions that were asked for
         self.downloaded = []  # (name, revision)
@@ -602,6 +603,7 @@ class HubRequest(http.server.BaseHTTPRequestHandler):
             siblings.append(dict(rfilename=name, size=size, lfs=lfs))
         commit = "c0ffee" if revision == "main" else revision
         info = dict(id=hub.repository, sha=commit, siblings=siblings, tags=[])
+        hub.damage(info)
         self.answer(200, {"Content-Type": "application/json"}, json.dumps(info).encode())
 
     def send_file(self, revision: str, name: str):
@@ -892,6 +894,12 @@ def fineweb_copy(files: dict[str, bytes], tmp_path: Path) -> Path:
         lambda m: m.pop("commit"),
         lambda m: m.update(sources=[5]),
         lambda m: m.update(sources=[{"shards": ["gone.npy"]}]),
+        lambda m: m["sources"][0].pop("bytes"),
+        lambda m: m["sources"][0].pop("name"),
+        lambda m: m["sources"][0].pop("sha256"),
+        lambda m: m["sources"][0].update(bytes=None),
+        lambda m: m["sources"][0].update(name=5),
+        lambda m: m["sources"][0].update(name="data\nerror: x.parquet"),
         lambda m: m["dataset"].update(of="another version"),
         lambda m: m.update(dataset=5),
     ],
@@ -1034,9 +1042,13 @@ def test_again_after_the_end_does_nothing_and_mends_what_was_damaged(source, tmp
     assert fineweb(out, source) == expected
     assert written == {name: (out / name).stat().st_mtime_ns for name in expected}
     (out / "edufineweb_train_002001.npy").write_bytes(b"half")
+    manifest = json.loads(expected["manifest.json"])
+    del manifest["shards"][-1]["documents"]
+    (out / "manifest.json").write_text(json.dumps(manifest))
     assert fineweb(out, source) == expected
     for name in shards_of(expected):
-        assert ((out / name).stat().st_mtime_ns != written[name]) == ("_002" in name)
+        redone = "_002" in name or "_003" in name
+        assert ((out / name).stat().st_mtime_ns != written[name]) == redone
 
 
 def test_other_settings_or_files_are_refused(source, tmp_path):
@@ -1196,6 +1208,26 @@ def test_a_refusal_is_not_waited_for_and_its_hint_helps(edu_hub, tmp_path, fault
         assert expected in message.partition("hint: ")[2] and waits(edu_hub) == []
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(rfilename=5),
+        dict(rfilename=None),
+        dict(rfilename="data/a\nerror: x.parquet"),
+        dict(size="x"),
+        dict(size=float("inf")),
+        dict(lfs=dict(sha256=5, size=1, pointerSize=1)),
+    ],
+)
+def test_a_list_that_no_hub_gives_is_refused(edu_hub, tmp_path, changes):
+    edu_hub.damage = lambda info: info["siblings"][-1].update(changes)
+    message = fineweb_error(tmp_path / "out")
+    assert "lists a file that cannot be used" in message and "hint:" in message
+    assert "\n" not in message
+    edu_hub.damage = lambda info: info.update(siblings=None)
+    assert "no .parquet files" in fineweb_error(tmp_path / "out")
+
+
 def test_the_offline_switch_of_the_hub_is_named(edu_hub, tmp_path, monkeypatch):
     from huggingface_hub import constants
 
@@ -1231,7 +1263,7 @@ def test_nothing_waits_for_a_download_that_nobody_needs_any_more():
 
 def test_which_files_are_taken():
     def names(folder, *listed):
-        listed = [dict(name=name) for name in listed]
+        listed = [dict(name=name, bytes=1, sha256=None) for name in listed]
         return [f["name"] for f in prepare.pick(listed, folder, "a/b")]
 
     def refusal(folder, *listed):
