@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import shutil
+import tracemalloc
 from functools import partial
 from pathlib import Path
 
@@ -405,10 +406,21 @@ def test_a_model_without_gpt2s_ids_is_not_measured(tmp_path, capsys):
 
 def test_foreign_files_are_refused(tmp_path):
     three_endings_missing = json.dumps(ITEMS[0] | {"endings": ["a"]}) + "\n"
-    for text in ('{"a": 1}\n', "", "[1]\n", three_endings_missing):
+    for text in ('{"a": 1}\n', "", "[1]\n", three_endings_missing, "[" * 100_000):
         (tmp_path / "x.jsonl").write_text(text)
         with pytest.raises(UserError, match="x.jsonl is not HellaSwag"):
             hellaswag.load_items(tmp_path / "x.jsonl")
+
+
+def test_a_small_file_of_a_huge_line_is_refused(tmp_path):
+    """Far below its 600 MB."""
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(b"a" * (20 << 20), 1) * 30)
+    tracemalloc.start()
+    with pytest.raises(UserError, match="more than 100,000,000 characters"):
+        hellaswag.load_items(tmp_path / "x.jsonl.gz")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4e8
 
 
 # --------------------------------------------------------------------------------------------------
