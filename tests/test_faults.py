@@ -926,7 +926,7 @@ def test_no_name_leads_out_of_the_directory(whole, tmp_path):
         changed = state | {"sha256": state["sha256"] | {name: sha256(outside)}}
         changed["checksum"] = checkpoint.checksum(changed)
         (path / "state.json").write_text(json.dumps(changed))
-        with pytest.raises(UserError, match="it names a file"):
+        with pytest.raises(UserError, match="state.json names a file"):
             checkpoint.read(path)
 
 
