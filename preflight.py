@@ -274,7 +274,8 @@ def out_of_range(cfg: TrainConfig) -> list[str]:
     blank = cfg.run_name.isspace()
     if blank or "/" in cfg.run_name or cfg.run_name in (".", ".."):
         wrong.append(
-            f"run_name {cfg.run_name!r} must be a plain name; hint: --log_dir sets the place"
+            f"run_name {cfg.run_name!r} must be a plain name; hint: --run_name {cfg.preset}-2; "
+            "--log_dir sets the place"
         )
     return wrong
 

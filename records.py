@@ -316,21 +316,23 @@ class Records:
         say(f'  next     python generate.py --model {cfg.run_dir} --prompt "{prompt}"')
         say(f"           python {next_command}")
 
-    def close(self, finished: bool):
+    def close(self, finished: bool, saved: bool):
         """Close the log, mark how the run ended. What it can do without comes last.
 
-        Raises UserError for a finished run whose last lines or mark could not be written.
+        Raises UserError for a finished run whose last checkpoint, lines or mark were not written.
         """
         self.log.close()
         error = self.log.error
         if self.saver:
-            if finished and not error:
+            if finished and saved and not error:
                 content = {"step": self.cfg.max_steps, "val_loss": self.val_loss}
                 error = write_mark(self.cfg, "finished.json", content)
             elif isinstance(self.stop.error, Diverged):
                 write_mark(self.cfg, "diverged.json", {"error": str(self.stop.error)})
             self.draw_curves()
         self.give_back()
+        if finished and not saved:
+            raise self.not_saved()
         if finished and error:
             raise UserError(
                 f"training is done, but not all of its records could be written to "
@@ -570,7 +572,7 @@ def write_mark(cfg: TrainConfig, name: str, content: dict) -> OSError | None:
             return None
         except OSError as e:
             error = e
-    say(f"{name} not written: {one_line(error)}")
+    say(f"{name} not written: {one_line(error)}; hint: {remedy(error, cfg.run_dir)}")
     return error
 
 

@@ -206,7 +206,7 @@ def shard_paths(root: str, split: str) -> list[Path]:
     for path in paths:
         if not is_plain(path.name):
             raise UserError(
-                f"{root} has a shard with control characters in its name, {path.name!r:.80}; "
+                f"{root} has a shard whose name is not plain text, {path.name!r:.80}; "
                 "hint: rename it"
             )
     if len({p.suffix for p in paths}) > 1:
@@ -257,7 +257,7 @@ def check_entry(shard: dict):
 
 
 def is_plain(name) -> bool:
-    """Tell whether a name is text without control characters, which could forge lines of output."""
+    """Tell whether a name is plain text: control characters could forge lines of output."""
     return isinstance(name, str) and "\n" not in name and printable(name) == name
 
 

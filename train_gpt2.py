@@ -11,8 +11,8 @@ To resume an interrupted run, give the same command again; --run_name NAME start
 Fine-tune: --init_from gpt2. Evaluate a checkpoint: --eval_only True --init_from log/gpt2-rope.
 See what would run: --dry_run True. When NCCL hangs (no peer-to-peer copies): NCCL_P2P_DISABLE=1.
 
-Exit status: 0 done; 2 a mistake by the user; 75 stopped by a signal (SIGTERM, SIGINT, SIGUSR1,
-SIGHUP) with a checkpoint; 3 the run has diverged to NaN; anything else is a bug.
+Exit status: 0 done; 2 a mistake by the user, or a full disk at the end; 75 stopped by a signal
+(SIGTERM, SIGINT, SIGUSR1, SIGHUP) with a checkpoint; 3 diverged to NaN; else it is a bug.
 
 Everything that a run writes is in log/RUN_NAME/ (notes/running.md); finished.json marks success.
 """
@@ -352,18 +352,16 @@ def warm_up(run: Run):
 
 
 def finish(run: Run, step: int, finished: bool) -> Result:
-    """Wait for the last checkpoint, close everything. Raises UserError when it was not written."""
+    """Wait for the last checkpoint, close everything. Raises UserError for what is not written."""
     run.stop.stop_watching()  # nothing below calls poll()
     run.loader.close()
     saved = run.records.close_checkpoints()
     # all wait until rank 0 has written: when one exits, torchrun kills the others
     run.stop.share_error()
-    run.records.close(finished and saved and not run.stop.error)
+    on_rank0(lambda: run.records.close(finished and not run.stop.error, saved))
     cfg = run.cfg
     if run.stop.error:
         raise run.stop.error
-    if finished and not saved:
-        raise run.records.not_saved()
     if finished:
         run.records.say_finished(time.perf_counter() - run.started)
     else:

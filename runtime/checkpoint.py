@@ -44,7 +44,7 @@ T = TypeVar("T")
 # bytes at which each copy of a tensor begins, a cache line
 ALIGNMENT = 64
 
-# bytes above which a state.json is not read: a real one has thousands
+# bytes above which a state.json is not read: one has thousands, 20 MB with lines of the log
 LARGEST_STATE = 100_000_000
 
 # seconds after which a file that could not be read is tried again: network disks recover

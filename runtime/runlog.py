@@ -20,10 +20,13 @@ from pathlib import Path
 import torch
 
 from runtime.command_line import UserError, one_line, say
-from runtime.files import atomic
+from runtime.files import NOT_SUPPORTED, atomic
 from runtime.lock import Lock
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+# lines that a checkpoint keeps, the newest, while the log cannot be written: 20 MB
+KEPT_LINES = 100_000
 
 # what the end of a run waits for W&B, at most
 WANDB_END_SECONDS = 10
@@ -146,7 +149,7 @@ class RunLog:
         self.file = None
         self.end = 0  # byte at which the next line goes
         self.unwritten: list[bytes] = []  # lines that could not be written yet
-        self.error: OSError | None = None  # why not
+        self.error: OSError | None = None  # why not, or why they are not surely on the disk
         self.lock = threading.Lock()  # the thread that saves checkpoints writes, too
         self.directory_lock: Lock | None = None  # of the run directory
 
@@ -162,7 +165,8 @@ class RunLog:
         try:
             text = self.cut(resume_step)
         except BaseException:  # close() must not write where the cut has ended half-way
-            self.close_file()
+            file, self.file = self.file, None
+            close_file(file)
             raise
         present = set(text.splitlines(keepends=True))
         for line in kept or ():
@@ -205,9 +209,10 @@ class RunLog:
         """Replace metrics.jsonl by one with another text, atomically."""
         with atomic(self.path) as temporary:
             temporary.write_bytes(text)
-        file = open_to_update(self.path)
-        self.close_file()
-        self.file, self.end = file, len(text)
+        new = open_to_update(self.path)
+        # at once: other threads ask whether there is a file
+        old, self.file, self.end = self.file, new, len(text)
+        close_file(old)
 
     def say_missing(self, resume_step: int):
         """Say which steps before the one to resume from have no line: training needs none."""
@@ -243,7 +248,7 @@ class RunLog:
         except OSError as e:
             if len(self.unwritten) == 1:
                 say(f"metrics.jsonl | not written, the lines are kept for later: {one_line(e)}")
-            self.error = e
+            self.error = e if self.unwritten else None
             return
         self.unwritten, self.error = [], None
         self.end += len(data)
@@ -278,7 +283,7 @@ class RunLog:
         with self.lock:
             if self.unwritten:
                 self.flush()
-            return [line.decode().removesuffix("\n") for line in self.unwritten]
+            return [line.decode().removesuffix("\n") for line in self.unwritten[-KEPT_LINES:]]
 
     def sync(self):
         """Fsync, so that the log never lags behind a checkpoint."""
@@ -288,25 +293,23 @@ class RunLog:
             self.flush()
             try:
                 os.fsync(self.file.fileno())
-            except OSError:
-                pass  # flush() has said so
+            except OSError as e:
+                if e.errno not in NOT_SUPPORTED:
+                    self.error = e
 
     def close(self):
-        """Close metrics.jsonl and give the run directory back, once; `error`: lines are lost."""
+        """Close metrics.jsonl and give the run directory back, once.
+
+        `error` stays when the last lines could not be written.
+        """
         if self.file is not None:
             self.sync()
             if self.unwritten:
                 say(f"metrics.jsonl | its last {len(self.unwritten)} lines could not be written")
-            self.close_file()
+            file, self.file = self.file, None
+            close_file(file)
         if self.directory_lock is not None:
             self.directory_lock.close()
-
-    def close_file(self):
-        file, self.file = self.file, None
-        try:
-            file.close()
-        except OSError as e:
-            say(f"metrics.jsonl | not closed: {one_line(e)}")
 
     def close_wandb(self, seconds: float = WANDB_END_SECONDS):
         """Send W&B what it has still to get, for so many seconds at most."""
@@ -319,11 +322,18 @@ def open_to_update(path: Path):
     return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
 
 
+def close_file(file):
+    """Close a file; an error, whatever the file held until then, is only said."""
+    try:
+        file.close()
+    except OSError as e:
+        say(f"metrics.jsonl | not closed: {one_line(e)}")
+
+
 def write_all(file, data: bytes):
-    """Write all of `data` to an unbuffered file. Raises OSError when it takes only a part."""
-    written = file.write(data)
-    if written != len(data):
-        raise OSError(f"{written} of {len(data)} bytes written")
+    """Write all of `data` to an unbuffered file. Raises OSError."""
+    while data:  # a full disk takes a part at first
+        data = data[file.write(data) :]
 
 
 def belongs_before(line: bytes, resume_step: int) -> bool:

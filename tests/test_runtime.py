@@ -781,6 +781,24 @@ def test_cutting_a_log_that_fails_half_way_loses_no_line(tmp_path, monkeypatch, 
     assert names(tmp_path) == ["metrics.jsonl"]
 
 
+def test_the_error_of_a_log_is_that_of_lines_that_are_not_written(open_log, tmp_path, monkeypatch):
+    """A full disk takes a part of them at first; nothing is wrong when no line is pending."""
+    log = open_log(0)
+    with largest_file(60):
+        for step in (1, 2, 3):
+            log.write({"step": step, "train/loss": 5.0})
+        assert log.error.errno == errno.EFBIG
+    log.flush()
+    assert (tmp_path / "metrics.jsonl").read_text() == text_of(LOGGED[1:4]) and log.error is None
+    monkeypatch.setattr(RunLog, "reopen_if_replaced", fail_to_read)
+    log.flush()
+    assert log.error is None
+
+
+def fail_to_read(*arguments):
+    raise OSError(errno.EIO, "Input/output error")
+
+
 def test_lines_that_could_not_be_written_outlive_the_process(open_log, tmp_path, capsys):
     """They travel in the checkpoint, and stand in the log once."""
     log = open_log(0)
@@ -844,18 +862,19 @@ def test_a_log_that_cannot_be_opened_again_keeps_its_lines(open_log, tmp_path, m
     with monkeypatch.context() as patch:
         patch.setattr(runlog, "open_to_update", fail)
         log.write({"step": 2, "train/loss": 5.0})
-        assert log.error.errno == errno.EMFILE
+        assert log.error.errno == errno.EMFILE and len(log.pending()) == 1
     log.write({"step": 3, "train/loss": 5.0})
     assert (tmp_path / "metrics.jsonl").read_text() == text_of(LOGGED[1:4]) and not log.error
     log.close()
 
 
 class NotClosed(io.FileIO):
-    """A file that a network disk cannot close: its last bytes may be lost."""
+    """A file that a network disk cannot close; other threads ask for the log meanwhile."""
 
     def close(self):
         if not self.closed:
             super().close()
+            assert self.log.file is not None
             raise OSError(errno.EIO, "Input/output error")
 
 
@@ -863,6 +882,7 @@ def test_a_log_whose_old_file_cannot_be_closed_goes_on(open_log, tmp_path, capsy
     log = open_log(0)
     log.write({"step": 1, "train/loss": 5.0})
     log.file = NotClosed(tmp_path / "metrics.jsonl", "r+")
+    log.file.log = log
     (tmp_path / "metrics.jsonl").unlink()
     for step in (2, 3):
         log.write({"step": step, "train/loss": 5.0})
