@@ -626,8 +626,8 @@ def pick(listed: list[dict], folder: str, place: str) -> list[dict]:
     counts, of folders or file. Raises UserError when there are none, and when without a folder
     several have some: they may be the same text in two forms.
     """
-    listed = [file for file in listed if isinstance(file["name"], str)]
-    wrong = [f for f in listed if is_parquet(f["name"]) and not is_input(f)]
+    wrong = [f for f in listed if is_parquet(str(f["name"])) and not is_input(f)]
+    wrong += [f for f in listed if not isinstance(f["name"], str)]
     if wrong:
         raise UserError(
             f"{place} lists a file that cannot be used, {wrong[0]!r:.200}; hint: rename the files "

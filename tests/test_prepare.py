@@ -1224,6 +1224,9 @@ def test_a_list_that_no_hub_gives_is_refused(edu_hub, tmp_path, changes):
     message = fineweb_error(tmp_path / "out")
     assert "lists a file that cannot be used" in message and "hint:" in message
     assert "\n" not in message
+    other = dict(rfilename="notes/read\nme.txt", size=3)  # no input, whatever its name
+    edu_hub.damage = lambda info: info["siblings"].append(other)
+    fineweb(tmp_path / "whole")
     edu_hub.damage = lambda info: info.update(siblings=None)
     assert "no .parquet files" in fineweb_error(tmp_path / "out")
 

@@ -163,7 +163,7 @@ DAMAGES = {  # what is done to the folder, what the message must say
     ),
     "a name of two lines": (
         lambda folder: (folder / SECOND).rename(folder / "x_train\nerror: \x1b[2J.npy"),
-        ["control characters", r"'x_train\nerror: \x1b[2J.npy'"],
+        ["not plain text", r"'x_train\nerror: \x1b[2J.npy'"],
     ),
     "wrong type": (
         lambda folder: np.save(folder / SECOND, np.zeros(500, np.int32)),
