@@ -159,18 +159,21 @@ def launch(cfg: TrainConfig, world: World, stop: Stop) -> Result:
     """Run all stages. Raises UserError, and Stopped when interrupted before the first step."""
     try:
         return run_stages(cfg, world, stop)
-    except Stopped:
-        if stop.error:
-            raise stop.error from None
-        say(f"interrupted by {stop.reason} before the first step, nothing was lost; {TO_RESUME}")
-        raise
-    except (RuntimeError, MemoryError) as e:
+    except (Stopped, Exception) as e:
+        # before the first step a signal raises Stopped anywhere; an import, say, may lose it
+        if isinstance(e, Stopped) or (stop.reason and not stop.armed):
+            if stop.error:
+                raise stop.error from None
+            say(
+                f"interrupted by {stop.reason} before the first step, nothing was lost; {TO_RESUME}"
+            )
+            raise Stopped from None
         if not_deterministic(e):
             raise UserError(
                 f"--deterministic True cannot be kept here: {one_line(e)}; "
                 "hint: --deterministic False"
             ) from None
-        if not out_of_memory(e):
+        if isinstance(e, UserError) or not out_of_memory(e):
             raise
         raise UserError(
             f"out of memory with --B {cfg.B} --T {cfg.T} ({one_line(e)}); "

@@ -52,7 +52,7 @@ from runtime import checkpoint, runlog
 from runtime.command_line import UserError
 from runtime.files import sha256, write_json
 from runtime.runlog import read_metrics
-from runtime.stop import Diverged, Stop
+from runtime.stop import Diverged, Stop, Stopped
 from runtime.world import World
 
 
@@ -333,12 +333,21 @@ def test_the_second_ctrl_c_ends_at_once():
     assert process.exitcode == -signal.SIGINT
 
 
-def test_a_signal_before_the_first_step_ends_at_once(train, tmp_path, monkeypatch):
-    """In the warm-up there is nothing to save yet."""
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_signal_before_the_first_step_ends_at_once(train, tmp_path, monkeypatch, lost):
+    """In the warm-up there is nothing to save yet; also when C code loses the exception.
+
+    `from MODULE import NAME` of a name that is not there has raised TypeError in its place.
+    """
     forward = GPT.forward
 
     def interrupted(*args):
-        send(signal.SIGTERM)
+        try:
+            send(signal.SIGTERM)
+        except Stopped:
+            if lost:
+                raise TypeError("expected a message argument") from None
+            raise
         return forward(*args)
 
     with monkeypatch.context() as patch:
