@@ -328,14 +328,18 @@ class Records:
                 content = {"step": self.cfg.max_steps, "val_loss": self.val_loss}
                 error = write_mark(self.cfg, "finished.json", content)
             elif isinstance(self.stop.error, Diverged):
-                write_mark(self.cfg, "diverged.json", {"error": str(self.stop.error)})
+                content = {"error": str(self.stop.error)}
+                failure = write_mark(self.cfg, "diverged.json", content)
+                if failure:
+                    hint = remedy(failure, self.cfg.run_dir)
+                    say(f"diverged.json not written: {one_line(failure)}; hint: {hint}")
             self.draw_curves()
         self.give_back()
         if finished and not saved:
             raise self.not_saved()
         if finished and error:
             raise UserError(
-                f"training is done, but not all of its records could be written to "
+                "training is done, but not all of its records could be written to "
                 f"{self.cfg.run_dir} ({one_line(error)}); "
                 f"hint: {remedy(error, self.cfg.run_dir)}, then the same command writes them"
             )
@@ -572,7 +576,6 @@ def write_mark(cfg: TrainConfig, name: str, content: dict) -> OSError | None:
             return None
         except OSError as e:
             error = e
-    say(f"{name} not written: {one_line(error)}; hint: {remedy(error, cfg.run_dir)}")
     return error
 
 

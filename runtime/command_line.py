@@ -9,6 +9,7 @@ import io
 import os
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -100,7 +101,11 @@ def leave_pipe():
 
 
 def run_script(main: Callable[[], None]):
-    """Run a script's main function; a UserError ends in one line and its status."""
+    """Run a script's main function; a UserError ends in one line and its status.
+
+    Ctrl-C ends it as it ends any program, so that a shell's loop ends, too.
+    """
+    interrupted = False
     try:
         main()
     except UserError as e:
@@ -115,11 +120,17 @@ def run_script(main: Callable[[], None]):
         if not reader_is_gone():  # of another pipe
             raise
         leave_pipe()
+    except KeyboardInterrupt:
+        interrupted = True
     finally:
         try:
             sys.stdout.flush()  # of --help, for example
         except BrokenPipeError:
             leave_pipe()
+    if interrupted:
+        show("interrupted\n", sys.stderr)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def reader_is_gone() -> bool:

@@ -865,6 +865,39 @@ def test_a_run_whose_last_records_cannot_be_written_is_not_finished(
     assert (tmp_path / "r" / "finished.json").exists()
 
 
+NO_MARK = """
+import os, sys
+import records, train_gpt2
+from runtime.command_line import run_script
+
+def write_no_mark(path, content):
+    if path.name == "finished.json":
+        raise OSError(28, "No space left on device")
+    write_json(path, content)
+
+def tell(status):
+    print(f"rank {os.environ['RANK']} ends with {status}", flush=True)
+    leave(status)
+
+leave, os._exit = os._exit, tell
+write_json, records.write_json = records.write_json, write_no_mark
+try:
+    run_script(train_gpt2.main)
+except SystemExit as e:
+    tell(e.code)
+"""
+
+
+@pytest.mark.slow
+def test_a_mark_that_cannot_be_written_ends_all_ranks(command, tmp_path):
+    """None ends with status 0: the other one of two machines would leave the loop of its script."""
+    (tmp_path / "train.py").write_text(NO_MARK)
+    words = options(tmp_path / "train.py", *command, "--max_steps 4 --B 2 --log_dir", tmp_path)
+    done = run(*words, nproc=2, env={"PYTHONPATH": str(ROOT)})
+    assert "rank 1 ends with 2" in done.stdout and "ends with 0" not in done.stdout, done
+    assert "not all of its records could be written" in done.stderr
+
+
 def fail_for(name: str, fail):
     """Return a write_json that fails for files of this name."""
     return lambda path, content: (fail if path.name == name else write_json)(path, content)

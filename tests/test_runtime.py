@@ -1156,6 +1156,21 @@ def test_run_script_ends_user_errors_in_one_line(monkeypatch, capsys, rank, pref
     assert output.out == ""
 
 
+def test_ctrl_c_ends_a_script_as_any_program():
+    """By the signal, for a shell's loop to end, too; what was printed comes out, no traceback."""
+    code = (
+        "import os, signal; from runtime.command_line import run_script\n"
+        "def main():\n"
+        "    print('so far')\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "run_script(main)"
+    )
+    done = run("-c", code)
+    assert (done.returncode, done.stdout) == (-signal.SIGINT, "so far\n")
+    assert done.stderr == "interrupted\n"
+
+
 def test_run_script_leaves_other_errors_alone():
     def main():
         raise KeyError("a bug")

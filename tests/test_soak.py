@@ -67,6 +67,7 @@ SIGNALS = {
     "killed": [signal.SIGKILL],
     "SIGTERM": [signal.SIGTERM],
     "Ctrl-C": [signal.SIGINT],
+    "Ctrl-C twice": [signal.SIGINT, signal.SIGINT],
     "SIGHUP": [signal.SIGHUP],
     "SIGUSR1": [signal.SIGUSR1],
     "stopped, continued, killed": [signal.SIGSTOP, signal.SIGCONT, signal.SIGKILL],
