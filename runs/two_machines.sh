@@ -26,11 +26,16 @@ preset=${PRESET:-gpt2-rope}
 python train_gpt2.py "$preset" --B 32 "$@" --dry_run True
 
 # A machine that lost the other one starts again and waits for it. torchrun's exit status is 0
-# only when all processes are done.
+# only when all processes are done; its messages tell theirs.
 launches=0
+messages=$(mktemp)
+trap 'rm -f "$messages"' EXIT
 until torchrun --nnodes=2 --nproc_per_node="${GPUS:-8}" --node_rank="$NODE_RANK" \
     --master_addr="$MASTER_ADDR" --master_port="${MASTER_PORT:-29500}" \
-    train_gpt2.py "$preset" --B 32 "$@"; do
+    train_gpt2.py "$preset" --B 32 "$@" 2>&1 | tee -i "$messages"; do
+    if grep -q "exitcode *: 3 " "$messages"; then
+        exit 3 # to NaN; another launch would end the same
+    fi
     launches=$((launches + 1))
     if [ "$launches" -ge 100 ]; then
         echo "error: not finished after 100 launches; hint: the messages above" >&2

@@ -206,24 +206,42 @@ def test_slurm(tmp_path):
     assert mistake.returncode == 2 and mistake.stderr.count("error: B is 0") == 1
 
 
-@pytest.mark.slow
-def test_two_machines(tmp_path):
-    """Two launches from two directories are one run; the first one has its records."""
-    data = write_shards(tmp_path / "data", {"train": [6000, 4000], "val": [2000]})
-    options = {"train_gpt2.py": [*SMALL, "--data_root", data]}
-    env = replace_programs(tmp_path / "bin", options)
+def two_machines(folder: Path, *options) -> list[int]:
+    """Run runs/two_machines.sh in two directories, as two machines; return their exit statuses."""
+    folder.mkdir()
+    data = write_shards(folder / "data", {"train": [6000, 4000], "val": [2000]})
+    options = {"train_gpt2.py": [*SMALL, "--data_root", data, *options]}
+    env = replace_programs(folder / "bin", options)
     port = 20000 + os.getpid() % 10000
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GPUS": "1"}
     machines = []
     for rank in range(2):
-        clone = repository(tmp_path / f"machine{rank}")
+        clone = repository(folder / f"machine{rank}")
         command = ["bash", "runs/two_machines.sh"]
-        with open(tmp_path / f"output{rank}", "w") as output:
+        with open(folder / f"output{rank}", "w") as output:
             more = {"cwd": clone, "stdout": output, "stderr": subprocess.STDOUT}
             machines.append(subprocess.Popen(command, env=env | {"NODE_RANK": str(rank)}, **more))
-    for rank, machine in enumerate(machines):
-        assert machine.wait(timeout=280) == 0, (tmp_path / f"output{rank}").read_text()[-3000:]
-    assert steps_of(tmp_path / "machine0" / "log" / "gpt2-rope") == list(range(1, STEPS + 1))
-    assert not (tmp_path / "machine1" / "log" / "gpt2-rope").exists()
-    missing = bash("two_machines.sh", cwd=clone, env=os.environ | {"NODE_RANK": "0"})
+    return [machine.wait(timeout=280) for machine in machines]
+
+
+@pytest.mark.slow
+def test_two_machines(tmp_path):
+    """Two launches from two directories are one run; the first one has its records."""
+    folder = tmp_path / "run"
+    assert two_machines(folder) == [0, 0], (folder / "output0").read_text()[-3000:]
+    assert steps_of(folder / "machine0" / "log" / "gpt2-rope") == list(range(1, STEPS + 1))
+    assert not (folder / "machine1" / "log" / "gpt2-rope").exists()
+
+
+@pytest.mark.slow
+def test_two_machines_end_when_the_run_diverges(tmp_path):
+    """Both after one launch: each would end the same, and cost what GPUs cost."""
+    folder = tmp_path / "run"
+    statuses = two_machines(folder, "--max_lr", "1e20", "--min_lr", "0", "--warmup_steps", "0")
+    assert statuses == [3, 3], [(folder / f"output{n}").read_text()[-3000:] for n in range(2)]
+    assert "is nan at step" in (folder / "output0").read_text()
+
+
+def test_two_machines_needs_an_address():
+    missing = bash("two_machines.sh", cwd=ROOT, env=os.environ | {"NODE_RANK": "0"})
     assert missing.returncode != 0 and "the address of the first machine" in missing.stderr

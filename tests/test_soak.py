@@ -236,7 +236,7 @@ def contents(out: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("command", ["files", "fineweb-edu"])
 def test_a_power_cut_while_preparing_loses_nothing(new_disk, tmp_path, command):
-    """After each number of shards, and at the end: the same command makes the same files."""
+    """After each number of shards the same command makes the same files; the end is on disk."""
     source = tmp_path / "in"
     source.mkdir()
     rng = random.Random(6)
@@ -268,6 +268,7 @@ def test_a_power_cut_while_preparing_loses_nothing(new_disk, tmp_path, command):
         with after.mounted() as folder:
             out = folder / "out"
             whole = contents(out) == wanted
+            assert whole or shards != "all"
             again = subprocess.run(python(*argv, out), capture_output=True, text=True)
             # `files` overwrites nothing: where all is there, it says so
             done = command == "files" and "already holds" in again.stderr and whole
