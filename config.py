@@ -136,6 +136,7 @@ class MachineSettings:
 
 # what --init_from decides
 SHAPE = {f.name for f in dataclasses.fields(ModelSettings)} - {"init_from"}
+# settings in which ~ is expanded
 PATHS = "data_root log_dir ckpt_dir init_from resume".split()
 
 GROUPS = {
@@ -165,7 +166,7 @@ class TrainConfig(
     """
 
     preset: str = "gpt2-baseline"  # the first word of the command line
-    given: tuple[str, ...] = ()  # settings that are not the preset's
+    given: tuple[str, ...] = ()  # names of the settings that the user gave
 
     @property
     def run_dir(self) -> Path:
@@ -228,8 +229,8 @@ PRESETS: dict[str, tuple[str | None, dict]] = {
     # Gated MLP, hidden 2,048, with biases. Published: 3.0311, 0.3175 (stopped at about 15K of
     # 19,073 steps)
     "gpt2-swiglu": ("gpt2-rope", dict(use_swiglu=True)),
-    # What the speed records on GPT-2 kept. The rates are by number those of modded-nanogpt's
-    # readable script, which reaches GPT-2's loss with 1.7B tokens of FineWeb (3,250 steps); there
+    # What the speed records on GPT-2 kept. Its rates are those of modded-nanogpt's readable
+    # script, which reaches GPT-2's loss with 1.7B tokens of FineWeb (3,250 steps); there
     # the loss is a sum, Newton-Schulz takes other steps, and momentum warm-up and architecture
     # differ. Not yet measured; for 4 x 80 GB
     "gpt2-modern": (
@@ -280,7 +281,8 @@ def build_config(name: str, changes: dict) -> tuple[TrainConfig, list[str]]:
             "; ".join(f"no setting {key}: {near(key, fields)}" for key in unknown)
             + "; hint: config.py lists all"
         )
-    cfg, notes = dataclasses.replace(as_listed(name), **changes, given=tuple(sorted(changes))), []
+    cfg = dataclasses.replace(as_listed(name), **changes, given=tuple(sorted(changes)))
+    notes = []
     if changes.get("epochs") is not None and "max_steps" in changes:
         raise UserError(
             f"epochs {cfg.epochs:g} and max_steps {cfg.max_steps} both set the length; "
@@ -366,6 +368,7 @@ def from_command_line(argv: list[str]) -> tuple[TrainConfig, list[str]]:
         prog=f"train_gpt2.py {name}",
         description=f"presets (first word; shown: {name}): {', '.join(PRESETS)}",
     )
+    # tyro does not tell which were given
     given = [a[2:].split("=")[0].replace("-", "_") for a in argv if a.startswith("--")]
     changes = {}
     for group, cls in GROUPS.items():

@@ -101,7 +101,8 @@ class Evaluator:
 
         Returns the seconds that it took.
         """
-        cfg, started = self.cfg, time.perf_counter()
+        cfg = self.cfg
+        started = time.perf_counter()
         draws = cfg.n_samples and cfg.sample_tokens and self.gpt2_tokens
         if not draws or self.world.rank != 0:
             return 0.0
@@ -160,11 +161,11 @@ def bigram_loss(
     val.read(np.arange(len(rows)), rows)
     before = rows[:, :-1].ravel().astype(np.int64)
     after = rows[:, 1:].ravel().astype(np.int64)
-    V = 1 << 16
-    n_single = np.bincount(tokens, minlength=V)
+    n_ids = 1 << 16  # uint16: a pair of ids is before * n_ids + after
+    n_single = np.bincount(tokens, minlength=n_ids)
     p_after = (n_single[after] + 1) / (len(tokens) + N_VOCAB)
-    pairs, counts = np.unique(tokens[:-1] * V + tokens[1:], return_counts=True)
-    val_pairs = before * V + after
+    pairs, counts = np.unique(tokens[:-1] * n_ids + tokens[1:], return_counts=True)
+    val_pairs = before * n_ids + after
     index = np.searchsorted(pairs, val_pairs).clip(max=len(pairs) - 1)
     n_pair = np.where(pairs[index] == val_pairs, counts[index], 0)
     losses = []

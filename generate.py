@@ -135,7 +135,7 @@ def tokens(
     cache.put(list(range(len(texts))), prompt_cache, prompt_of_row)
     logits = logits[prompt_of_row]
 
-    first = torch.zeros_like(cache.lengths)  # the only token of each row in a step
+    last = torch.zeros_like(cache.lengths)  # a step has one token per row: index 0 is the last
     for t in range(max_new_tokens):
         ids = draw(logits, u[:, t], sampling)
         new_ids = ids.tolist()
@@ -146,9 +146,9 @@ def tokens(
             return
         full = [row for row, length in enumerate(lengths) if length == block_size]
         if full:
-            cache.lengths[full] = 0  # the step for the other rows writes somewhere in these, too
+            cache.lengths[full] = 0  # the step also writes to full rows: keep that inside the cache
         if len(full) < len(texts):
-            logits = decode_step(model, ids[:, None], cache, first)
+            logits = decode_step(model, ids[:, None], cache, last)
         if full:
             halves = [texts[row][-half:] for row in full]
             half_cache, logits[full] = prefill(model, halves, size)

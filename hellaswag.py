@@ -169,7 +169,7 @@ def load_items(path: Path, protocol: Protocol = "gpt2", limit: int = 0) -> Items
     return items.spread(limit)
 
 
-LARGEST = 100_000_000  # characters of a file; the validation set has 12 million
+MAX_CHARACTERS = 100_000_000  # of a file; the validation set has 12 million
 # of a file that is not HellaSwag's
 READ_ERRORS = (ValueError, KeyError, TypeError, EOFError, OSError, zlib.error, RecursionError)
 
@@ -183,9 +183,9 @@ def read_items(path: Path) -> list[dict]:
     place = ""
     try:
         with opener(path, "rt", encoding="utf-8-sig") as f:
-            lines = f.read(LARGEST).split("\n")
+            lines = f.read(MAX_CHARACTERS).split("\n")
             if f.read(1):
-                raise ValueError(f"more than {LARGEST:,} characters")
+                raise ValueError(f"more than {MAX_CHARACTERS:,} characters")
         for number, line in enumerate(lines, 1):
             place = f", line {number}"
             if line.strip():
@@ -235,7 +235,7 @@ def tokenize_items(path: Path, protocol: Protocol) -> Items:
 # --------------------------------------------------------------------------------------------------
 # rows
 
-PADDING = 7  # segment of the slots at the end of a row
+PADDING = 7  # segment of unused slots: they see group 0's context, no token sees them
 
 
 class PackedBatch(NamedTuple):
@@ -354,7 +354,7 @@ def build_batch(
 
 
 def score_tokens(model, batch: PackedBatch) -> torch.Tensor:
-    """Return the losses (S,) of the scored tokens; the head is applied only where one is made."""
+    """Return the losses (S,) of the scored tokens; the head is applied only there."""
     query = batch.segment[:, :, None]
     key = batch.segment[:, None, :]
     # a token sees its own segment and the context of its group
@@ -409,8 +409,8 @@ class HellaSwag:
         by_ending = np.zeros(len(self.items.divisors))
         if by_token:
             endings = torch.cat([batch.ending for batch in self.batches]).cpu().numpy()
-            weights = torch.cat(by_token).cpu().double().numpy()  # one sync for all batches
-            by_ending = np.bincount(endings, weights, minlength=len(by_ending))
+            token_losses = torch.cat(by_token).cpu().double().numpy()  # one sync for all batches
+            by_ending = np.bincount(endings, token_losses, minlength=len(by_ending))
         return sum_over_ranks(torch.from_numpy(by_ending)).numpy().reshape(-1, 4)
 
     def __call__(self, poll: Callable = lambda: None, bar: bool = False) -> dict:
@@ -448,7 +448,7 @@ def for_training(limit: int, model, world: World, compute: Compute) -> HellaSwag
     Rank 0 alone downloads and reads it: other ranks may run on machines without it.
     """
 
-    def read_items() -> Items | None:
+    def load() -> Items | None:
         path = fetch_items()
         return load_items(path, "gpt2", limit) if path else None
 
@@ -460,7 +460,7 @@ def for_training(limit: int, model, world: World, compute: Compute) -> HellaSwag
             f"{model.config.vocab_size:,}; hint: --hellaswag_limit 0"
         )
         return None
-    items = on_rank0(read_items)
+    items = on_rank0(load)
     return HellaSwag(items, model, world, compute) if items else None
 
 

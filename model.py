@@ -170,7 +170,7 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.qk_norm = config.modern
-        # kernels/attention.py has a faster one for a CPU
+        # kernels/attention.py replaces it on a CPU
         self.attend = partial(F.scaled_dot_product_attention, is_causal=True)
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=not config.modern)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=not config.modern)
@@ -184,7 +184,7 @@ class Attention(nn.Module):
         if self.qk_norm:
             # Henry et al. 2020: however large the weights become, no score exceeds sqrt(D)
             q, k = rms_norm(q), rms_norm(k)
-        # rotated after this, q, k, their gradients and the output would be copied once more
+        # after RoPE: before it, this transpose costs copies of q, k and their gradients on a GPU
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
         if update_cache is not None:
             k, v = update_cache(k, v)  # (B, H, S, D)
@@ -272,15 +272,13 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        if config.n_embd % config.n_head:
-            raise ValueError(
-                f"n_embd {config.n_embd} does not divide into n_head {config.n_head} heads"
-            )
-        if config.rotary and config.n_embd // config.n_head % 2:
-            raise ValueError(
-                f"n_embd {config.n_embd} does not divide into n_head {config.n_head} heads "
-                "of even width"
-            )
+        divisor = config.n_head
+        heads = f"n_head {config.n_head} heads"
+        if config.rotary:
+            divisor *= 2
+            heads += " of even width"
+        if config.n_embd % divisor:
+            raise ValueError(f"n_embd {config.n_embd} does not divide into {heads}")
         self.config = config
         # activation checkpointing: store each block's input, recompute the rest in the backward
         # pass

@@ -18,8 +18,9 @@ def muon_momentum(step: int, max_steps: int) -> float:
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) for hidden matrices and a given AdamW for the rest, in one.
 
-    Each update replaces a matrix's momentum by the nearest orthogonal matrix, so that every
-    direction moves by lr. Like torch.optim.Muon, but matrices of one shape are multiplied together,
+    A matrix moves by about the orthogonal matrix nearest to its Nesterov momentum, times lr, so
+    that every direction moves alike. Like torch.optim.Muon, but matrices of one shape are
+    multiplied together,
     each process computes its share of them, and the q, k and v of an attention layer are three
     matrices. Every process keeps all of the momentum: rank 0 alone writes a checkpoint, from which
     any number of processes resumes.
@@ -93,7 +94,7 @@ class Muon(torch.optim.Optimizer):
         n, rank, world_size = len(x), dist.get_rank(), dist.get_world_size()
         share = -(-n // world_size)
         part = newton_schulz(x[rank * share : (rank + 1) * share].to(self.dtype))
-        # newton_schulz returns a tall matrix transposed, and NCCL takes contiguous tensors only
+        # newton_schulz returns a transposed view of a tall matrix; NCCL takes contiguous tensors
         part = F.pad(part, (0, 0, 0, 0, 0, share - len(part))).contiguous()
         everything = part.new_empty(world_size * share, *x.shape[1:])
         dist.all_gather_into_tensor(everything, part)
@@ -103,7 +104,7 @@ class Muon(torch.optim.Optimizer):
 def newton_schulz(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """Return about U V^T for each matrix U S V^T of x (n, rows, columns).
 
-    Maps singular values above 0.005 of the Frobenius norm into [0.7, 1.2]; smaller ones stay
+    Maps singular values above 0.005 of the Frobenius norm into [0.68, 1.16]; smaller ones stay
     smaller. The polynomial of Jordan et al. 2024: its slope at 0 counts for more than the value
     that it settles at.
     """
@@ -115,12 +116,14 @@ def newton_schulz(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
         # By Gram matrices alone: 25 n^3 multiplications for n x 4n instead of 45, two thirds of the
         # time on a CPU. Rounding grows by a^2 per step, which float32 has room for (2e-4 of the
         # update) and bfloat16 has not.
-        gram, product = x @ x.mT, None
-        for left in reversed(range(steps)):
+        gram = x @ x.mT
+        product = None
+        for step in range(steps):
             factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b G + c G^2
             factor.diagonal(dim1=1, dim2=2).add_(a)
             product = factor if product is None else factor @ product
-            gram = factor @ gram @ factor if left else gram
+            if step < steps - 1:
+                gram = factor @ gram @ factor
         x = product @ x
     else:
         for _ in range(steps):

@@ -97,8 +97,8 @@ def has_fused_kernels(model: torch.nn.Module) -> bool:
 def step_if(healthy: torch.Tensor, optimizer: torch.optim.Optimizer):
     """Call optimizer.step(), or do nothing where `healthy` (0-d bool, on the device) is False.
 
-    The fused kernels look at found_inf, made for gradient scalers, themselves: there is no GPU
-    sync.
+    Fused kernels skip the update on the device when found_inf, a hook for gradient scalers, is 1:
+    no GPU sync.
     """
     if optimizer.defaults["fused"]:
         optimizer.found_inf = (~healthy).float()
@@ -138,9 +138,9 @@ class Gradients:
         self.sums: list[torch.Tensor] | None = None  # in order: gradients, then the loss
 
     def sync(self, last: bool):
-        """Exchange gradients in the last micro-step only. Call it before the forward pass.
+        """Let DDP exchange gradients in the last micro-step only.
 
-        That is when DDP reads it.
+        Call it before the forward pass, where DDP reads the flag.
         """
         if self.ddp:
             self.ddp.require_backward_grad_sync = last

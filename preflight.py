@@ -132,8 +132,9 @@ def prepare_shakespeare(data_root: str):
 def set_length(cfg: TrainConfig, train_data: shards.Windows) -> TrainConfig:
     """Return cfg with max_steps set from epochs, and a warm-up that fits."""
     tokens = train_data.in_epochs(cfg.epochs) * cfg.T
-    notes = [f"{cfg.epochs:g} epochs are {max(1, tokens // cfg.total_batch)} steps"]
-    cfg = dataclasses.replace(cfg, max_steps=max(1, tokens // cfg.total_batch))
+    max_steps = max(1, tokens // cfg.total_batch)
+    notes = [f"{cfg.epochs:g} epochs are {max_steps} steps"]
+    cfg = dataclasses.replace(cfg, max_steps=max_steps)
     cfg = fit_warmup(cfg, notes)
     for note in notes:
         say(f"config | {note}")

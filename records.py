@@ -62,7 +62,7 @@ class Records:
         self.val_loss: float | None = None  # of the last evaluation
         self.bigram: float | None = None  # loss of the bigram model
         state = resume_from.state if resume_from else {}
-        self.kept_lines = state.get("unwritten", [])  # of metrics.jsonl, on rank 0
+        self.unwritten_lines = state.get("unwritten", [])  # of metrics.jsonl, on rank 0
         skipped = state.get("skipped_in_a_row", 0)
         self.log = RunLog()
         self.lock = None  # of the checkpoint directory, on rank 0
@@ -70,11 +70,10 @@ class Records:
         try:
             on_rank0(self.open)
             if world.rank == 0:
-                wandb_id = resume_from.state["wandb_id"] if resume_from else None
-                self.log.wandb = Wandb(cfg, wandb_id, cfg.run_dir)
+                self.log.wandb = Wandb(cfg, state.get("wandb_id"), cfg.run_dir)
                 self.saver = checkpoint.Saver(cfg, model, optimizer, self.log)
         except BaseException:  # a signal, too: no lock must outlive this call
-            self.give_back()
+            self.close_log_and_unlock()
             raise
         if self.saver and resume_from:
             losses = resume_from.state["val_losses"]
@@ -93,7 +92,7 @@ class Records:
         self.lock = checkpoint.open_directory(cfg, self.model, self.start_step)
         try:
             make_directory(cfg.run_dir)
-            self.log.open(cfg.run_dir, self.start_step, self.kept_lines)
+            self.log.open(cfg.run_dir, self.start_step, self.unwritten_lines)
             for mark in ("finished.json", "diverged.json"):
                 (cfg.run_dir / mark).unlink(missing_ok=True)
             write_json(cfg.run_dir / "config.json", dataclasses.asdict(cfg))
@@ -104,7 +103,7 @@ class Records:
                 f"hint: --log_dir chooses another place, or {remedy(e, cfg.run_dir)}"
             ) from e
 
-    def give_back(self, wandb_seconds: float = WANDB_END_SECONDS):
+    def close_log_and_unlock(self, wandb_seconds: float = WANDB_END_SECONDS):
         """Close the log and unlock the checkpoint directory, once."""
         self.log.close()
         self.log.close_wandb(wandb_seconds)
@@ -143,7 +142,8 @@ class Records:
             "data": self.fingerprint,
             "wandb_id": self.log.wandb.id,
         }
-        lines, skipped = self.log.pending(), self.meter.skipped_in_a_row
+        lines = self.log.pending()
+        skipped = self.meter.skipped_in_a_row
         if lines:  # of metrics.jsonl: with the checkpoint they outlive this process
             state["unwritten"] = lines
         if skipped:
@@ -157,8 +157,8 @@ class Records:
     def save(self, step: int):
         """Save a checkpoint in the background.
 
-        Not when training data were wrong, nor when the run has diverged: it stays at the last good
-        one, and no number of restarts carries it to its end.
+        Skipped when training data were wrong or the run has diverged: a restart then begins at the
+        last good checkpoint, and cannot finish a run whose weights are NaN.
         """
         started = time.perf_counter()
         if self.saver and not all_finite(self.model):
@@ -169,11 +169,11 @@ class Records:
         self.meter.paused("save", self.cfg.save_interval, time.perf_counter() - started)
 
     def stopped(self, step: int):
-        """Save what an interrupted run has learned, or set aside what it learned from wrong data.
+        """Save what an interrupted run has learned; after wrong data set checkpoints aside instead.
 
-        The data of a shard that is damaged were wrong in the past, too.
+        A damaged shard may have been wrong for a while, so checkpoints since then go, too.
         """
-        self.flush()
+        self.meter.flush()
         since = self.wrong_since()
         if since == math.inf:
             if step > self.start_step:
@@ -182,10 +182,10 @@ class Records:
             self.saver.set_aside(since)
 
     def wrong_since(self) -> float:
-        """Return since when training data were wrong, on any rank: time.time(), or infinity.
+        """Return the earliest time.time() at which training data may be wrong, on any rank, or inf.
 
-        Looks at every shard that was read, so that no checkpoint holds what was read of a file that
-        has changed: what a changed file has done begins now.
+        Checks each shard that was read once more, so that no checkpoint holds what was read of a
+        changed file. A change found here counts from now: checkpoints already saved stay valid.
         """
         windows = self.loader.windows
         errors = [self.stop.error]
@@ -278,9 +278,6 @@ class Records:
     def restart_clock(self):
         self.meter.restart()
 
-    def flush(self):
-        self.meter.flush()
-
     def draw_curves(self):
         """Draw curves.png. Whatever goes wrong there is reported in one line and stops no run."""
         try:
@@ -334,7 +331,7 @@ class Records:
                     hint = remedy(failure, self.cfg.run_dir)
                     say(f"diverged.json not written: {one_line(failure)}; hint: {hint}")
             self.draw_curves()
-        self.give_back()
+        self.close_log_and_unlock()
         if finished and not saved:
             raise self.not_saved()
         if finished and error:
@@ -344,7 +341,7 @@ class Records:
                 f"hint: {remedy(error, self.cfg.run_dir)}, then the same command writes them"
             )
 
-    def release(self):
+    def close_after_error(self):
         """Give the run directory back after an error, so that this process can resume the run.
 
         Where the error is kept, as in a notebook, nothing that the run had open closes by itself.
@@ -352,7 +349,7 @@ class Records:
         try:
             self.close_checkpoints()
         finally:
-            self.give_back(wandb_seconds=0)
+            self.close_log_and_unlock(wandb_seconds=0)
 
 
 def all_finite(model: torch.nn.Module) -> bool:
@@ -493,7 +490,7 @@ def refuse_other_run(cfg: TrainConfig, saved: Checkpoint):
     kinds = {"config": dict, "gpt_config": dict, "data": str, "val_losses": dict}
     wrong = [key for key, kind in kinds.items() if not isinstance(saved.state.get(key), kind)]
     losses = saved.state.get("val_losses")
-    if not wrong and not all(step.isdecimal() and is_number(loss) for step, loss in losses.items()):
+    if not wrong and not all(s.isdecimal() and type(v) in (int, float) for s, v in losses.items()):
         wrong = ["val_losses"]
     if wrong or not isinstance(saved.state.get("wandb_id", 0), str | None):
         raise UserError(
@@ -507,10 +504,6 @@ def refuse_other_run(cfg: TrainConfig, saved: Checkpoint):
             f"{saved.path} is of a run with other settings: {changed}; "
             "hint: another --run_name for these"
         )
-
-
-def is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def named_checkpoint(cfg: TrainConfig, newest: Checkpoint | None) -> Checkpoint:

@@ -95,7 +95,7 @@ def train_loop(run: Run) -> tuple[int, bool]:
     Returns the number of updates done, and False if asked to stop before the end.
     """
     cfg, optimizer = run.cfg, run.optimizer
-    save_due = False  # --save_minutes have passed
+    save_due = False  # whether --save_minutes have passed
     run.stop.armed = True  # from here on a signal is answered with a checkpoint
     try:
         for step in range(run.start_step, cfg.max_steps + 1):
@@ -120,7 +120,7 @@ def train_loop(run: Run) -> tuple[int, bool]:
             optim.set_rates(optimizer, lr, step, cfg.max_steps)
             save_due = False
             for micro_step in range(run.micro_steps):
-                batch = run.loader.take()  # None after a read error, which poll() then raises
+                batch = run.loader.take()  # None after a read error: poll() then raises Stopped
                 save_due |= run.stop.poll(run.records.save_due())
                 run.gradients.sync(last=micro_step == run.micro_steps - 1)
                 with run.compute.autocast():
@@ -160,7 +160,7 @@ def launch(cfg: TrainConfig, world: World, stop: Stop) -> Result:
     try:
         return run_stages(cfg, world, stop)
     except (Stopped, Exception) as e:
-        # before the first step a signal raises Stopped anywhere; an import, say, may lose it
+        # a signal before the first step raises Stopped; an import may turn it into another error
         if isinstance(e, Stopped) or (stop.reason and not stop.armed):
             if stop.error:
                 raise stop.error from None
@@ -188,8 +188,8 @@ TO_RESUME = "to resume: the same command again"
 
 def run_stages(cfg: TrainConfig, world: World, stop: Stop) -> Result:
     """Check, resume or begin, train, finish; or stop after what --dry_run and --eval_only ask."""
-    given, data = check(with_shape(cfg), world)
-    cfg, resume_from = records.resume_point(given)
+    cfg, data = check(with_shape(cfg), world)
+    cfg, resume_from = records.resume_point(cfg)
     trains = not (cfg.eval_only or cfg.dry_run)
     if trains and resume_from and resume_from.step == cfg.max_steps:
         # rank 0 looks: others need not have the run directory
@@ -210,7 +210,7 @@ def run_stages(cfg: TrainConfig, world: World, stop: Stop) -> Result:
         return finish(run, step, finished)
     except BaseException:
         run.loader.close()
-        run.records.release()
+        run.records.close_after_error()
         raise
 
 
@@ -289,7 +289,7 @@ def set_up(
     compute = start_computing(cfg, model, world.device)
     train_model = compute.compile(model)
     ddp = None
-    if dist.is_initialized() and not cfg.deterministic:  # which sums gradients itself, in order
+    if dist.is_initialized() and not cfg.deterministic:  # else optim.add_in_order exchanges
         ddp = DDP(train_model, [world.device] if world.device.type == "cuda" else None)
         train_model = ddp
     cfg = dataclasses.replace(cfg, use_compile=compute.compiled)
@@ -297,11 +297,11 @@ def set_up(
         # to be allocated later: AdamW's moments, unless restored, and DDP's buckets
         copies = (0 if resume_from else 2) + dist.is_initialized()
         reserved = copies * sum(4 * p.numel() for p in model.parameters())
-        # in DDP, as in training: there the compiled graph is cut
+        # train_model: DDP cuts the compiled graph, so it needs another amount of memory
         with stop.patient():
             B = fit_batch(cfg, model, train_model, compute, reserved, world)
         cfg = dataclasses.replace(cfg, B=B)
-    micro_steps = split_batch(cfg, world)
+    micro_steps = count_micro_steps(cfg, world)
     evaluate = Evaluator(cfg, model, data.val, compute, world, stop)
     start_step = resume_from.step if resume_from else 0
     train_data = records.data_to_resume(cfg, data.train, resume_from) if resume_from else data.train
@@ -331,7 +331,7 @@ def set_up(
     )
 
 
-def split_batch(cfg: TrainConfig, world: World) -> int:
+def count_micro_steps(cfg: TrainConfig, world: World) -> int:
     """Return the micro-steps per optimizer step."""
     micro_steps = cfg.total_batch // (cfg.B * cfg.T * world.world_size)
     say(

@@ -305,7 +305,9 @@ def test_batches_do_not_depend_on_the_number_of_processes(
         loaders = []
         for rank in range(world_size):
             w = open_windows(folder, T, data_order, seed)
-            loaders.append(Loader(w, total_batch, B, world(rank, world_size), start, digests=True))
+            loaders.append(
+                Loader(w, total_batch, B, world(rank, world_size), start, hash_batches=True)
+            )
         return global_batches(loaders, steps - start)
 
     one, two, four = batches(1, B), batches(2, 2 * B), batches(4, B)
@@ -318,7 +320,7 @@ def test_batches_do_not_depend_on_the_number_of_processes(
 
 def test_totals_are_those_since_the_last_call(tmp_path):
     folder = write_shards(tmp_path, {"train": [2000]})
-    loader = Loader(open_windows(folder, 16), 64, 4, world(), digests=True)
+    loader = Loader(open_windows(folder, 16), 64, 4, world(), hash_batches=True)
     digests = [loader.take().digest for _ in range(3)]
     waited, digest = loader.totals()
     assert waited > 0
