@@ -4,13 +4,16 @@
     python compare.py log/a                 log/a/curves.png again
     python compare.py log/a --reference log/reference/published-gpt2-baseline     is it healthy?
 
-Runs that differ in nothing but their seeds are one group. s is the standard deviation of a run's
-final loss within its group, pooled over all groups of two and more runs. The difference of two
-means has the standard error se = s * sqrt(1/n1 + 1/n2), and is shown from 2 se on.
+Runs that differ in nothing but their seeds are one group. Diverged and unfinished runs have groups
+of their own, which are not compared. The difference of two groups' means has the standard error
+se = s * sqrt(1/n1 + 1/n2), where s is the standard deviation of a run's final loss within its
+group: of these two groups if both have several runs, or else of all groups. A difference is shown
+beyond t * se, where t is Student's for 95% and the degrees of freedom (df) of s.
 """
 
 import dataclasses
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Literal
@@ -40,6 +43,7 @@ AXES = {
     "tokens": "training tokens (millions)",
     "time": "training time (minutes, steps alone)",
 }
+STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # 95%, for df 1 to 10
 OPENAI_GPT2_HELLASWAG = 0.294463  # acc_norm of OpenAI's 124M, by mean loss per token
 
 
@@ -67,11 +71,14 @@ class LoggedRun:
     val: np.ndarray  # (m, 2): x, validation loss
     evaluations: list[dict]
     tok_s: float | None  # median of the steps
+    tokens_trained: int
+    unfinished: str  # "diverged", "step 5 of 20", or "" for a run that has reached its end
+    commit: str | None  # of the code, from env.json
 
     @property
     def loss(self) -> float:
-        """The final validation loss; null stands for NaN."""
-        return float(self.val[-1, 1])
+        """The final validation loss; NaN for a run that has diverged before its first one."""
+        return float(self.val[-1, 1]) if len(self.val) else math.nan
 
     @property
     def tokens(self) -> np.ndarray:
@@ -93,6 +100,10 @@ class RunGroup:
     @property
     def preset(self) -> str:
         return self.runs[0].cfg["preset"]
+
+    @property
+    def unfinished(self) -> str:
+        return self.runs[0].unfinished
 
     @property
     def mean(self) -> float:
@@ -119,7 +130,9 @@ def read_run(run_dir: str, x: str) -> LoggedRun:
     cfg = dataclasses.asdict(TrainConfig()) | {k: v for k, v in stored.items() if k in fields}
     steps = [r for r in records if r.get("train/loss") is not None]
     evaluations = [r for r in records if "val/loss" in r]
-    if not evaluations or evaluations[-1]["step"] == 0:
+    last_step = max((r["step"] for r in steps + evaluations), default=0)
+    unfinished = progress(run_dir, cfg, evaluations, last_step)
+    if unfinished != "diverged" and not any(r["step"] for r in evaluations):
         raise UserError(
             f"{run_dir} has {len(steps)} steps and {len(evaluations)} evaluations so far; "
             "hint: wait for the first evaluation after step 0"
@@ -133,7 +146,29 @@ def read_run(run_dir: str, x: str) -> LoggedRun:
         val=points(evaluations, "val/loss", x, cfg, steps),
         evaluations=evaluations,
         tok_s=statistics.median(r["tok_s"] for r in steps) if steps else None,
+        tokens_trained=last_step * cfg["total_batch"],
+        unfinished=unfinished,
+        commit=commit_of(run_dir),
     )
+
+
+def progress(run_dir: str, cfg: dict, evaluations: list[dict], last_step: int) -> str:
+    """Return "" for a run that has reached its end, "diverged", or how far it has come."""
+    last = evaluations[-1] if evaluations else {"step": 0, "val/loss": None}
+    not_a_number = last["step"] and not math.isfinite(last["val/loss"] or math.nan)
+    if not_a_number or Path(run_dir, "diverged.json").exists():
+        return "diverged"
+    # the published runs were last evaluated one step before max_steps
+    if last["step"] >= cfg["max_steps"] - 1:
+        return ""
+    return f"step {last_step:,} of {cfg['max_steps']:,}"
+
+
+def commit_of(run_dir: str) -> str | None:
+    try:
+        return json.loads(Path(run_dir, "env.json").read_text())["commit"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def points(records: list[dict], key: str, x: str, cfg: dict, steps: list[dict]) -> np.ndarray:
@@ -149,23 +184,42 @@ def points(records: list[dict], key: str, x: str, cfg: dict, steps: list[dict]) 
 
 def grouped(runs: list[LoggedRun]) -> list[RunGroup]:
     """Group the runs whose settings are the same but for seeds and what does not matter."""
-    fields = [f.name for f in dataclasses.fields(TrainConfig)]
-    decisive = [name for name in fields if name not in FREE_ON_RESUME | {"seed", "data_seed"}]
     by_settings = {}
     for run in runs:
-        key = json.dumps([run.cfg[name] for name in decisive])
+        key = json.dumps([decisive_settings(run), run.unfinished])
         by_settings.setdefault(key, []).append(run)
     groups = []
     for members in by_settings.values():
-        cfg = members[0].cfg
-        siblings = [g[0].cfg for g in by_settings.values() if g[0].cfg["preset"] == cfg["preset"]]
+        cfg = decisive_settings(members[0])
+        siblings = [decisive_settings(group[0]) for group in by_settings.values()]
+        siblings = [c for c in siblings if c["preset"] == cfg["preset"]]
         words = [cfg["preset"]]
-        for name in decisive:
-            if any(c[name] != cfg[name] for c in siblings) and not follows_max_lr(name, siblings):
-                value = f"{cfg[name]:.3g}" if isinstance(cfg[name], float) else cfg[name]
-                words.append(f"{name} {value}")
-        groups.append(RunGroup(" ".join(words), members))
+        for name, value in cfg.items():
+            if any(c[name] != value for c in siblings) and not follows_max_lr(name, siblings):
+                value = f"{value:.3g}" if isinstance(value, float) else value
+                words.append(f"{name} {'none' if value == '' else value}")
+        ending = f", {members[0].unfinished}" if members[0].unfinished else ""
+        groups.append(RunGroup(" ".join(words) + ending, without_repeats(members)))
     return groups
+
+
+def decisive_settings(run: LoggedRun) -> dict:
+    """Return the settings that decide what is learned from which data and how it is measured."""
+    measured_on = {"val_tokens", "hellaswag_limit"}
+    free = FREE_ON_RESUME - measured_on | {"seed", "data_seed"}
+    settings = {f.name: run.cfg[f.name] for f in dataclasses.fields(TrainConfig)}
+    settings = {name: value for name, value in settings.items() if name not in free}
+    return settings | {"data_root": Path(run.cfg["data_root"]).name}
+
+
+def without_repeats(members: list[LoggedRun]) -> list[LoggedRun]:
+    """Keep one run of each seed: the same run twice says nothing about the spread."""
+    by_seed = {}
+    for run in members:
+        first = by_seed.setdefault((run.cfg["seed"], run.cfg["data_seed"]), run)
+        if first is not run:
+            say(f"{run.name} is left out: it has the settings and the seed of {first.name}")
+    return list(by_seed.values())
 
 
 def follows_max_lr(name: str, cfgs: list[dict]) -> bool:
@@ -179,16 +233,22 @@ def follows_max_lr(name: str, cfgs: list[dict]) -> bool:
 # table and verdicts
 
 
-def pooled_deviation(groups: list[RunGroup]) -> float | None:
-    """Return s; None when no group has two runs."""
-    several = [g.losses for g in groups if len(g.losses) > 1]
-    if not several:
-        return None
+def pooled_deviation(groups: list[RunGroup]) -> tuple[float, int]:
+    """Return s and its degrees of freedom, 0 when no group has two finished runs."""
+    several = [g.losses for g in groups if len(g.runs) > 1 and not g.unfinished]
+    df = sum(len(losses) - 1 for losses in several)
     squares = sum(statistics.variance(losses) * (len(losses) - 1) for losses in several)
-    return (squares / sum(len(losses) - 1 for losses in several)) ** 0.5
+    return (squares / max(1, df)) ** 0.5, df
 
 
-def table(groups: list[RunGroup], s: float | None) -> str:
+def student_t(df: int) -> float:
+    """Return the 97.5% point of Student's distribution: two-sided, 95% (Fisher and Cornish)."""
+    if df <= len(STUDENT_T):
+        return STUDENT_T[df - 1]
+    return 1.96 + 2.37 / df + 2.82 / df**2
+
+
+def table(groups: list[RunGroup]) -> str:
     """Return a Markdown table: final values of each group, and its distance to the first."""
     lines = [
         "| run | seeds | tokens | val loss, final (mean ± sd) | to the first ± se | HellaSwag ± se "
@@ -198,26 +258,30 @@ def table(groups: list[RunGroup], s: float | None) -> str:
     for i, group in enumerate(groups):
         seeds, loss = "one", f"{group.mean:.4f}"
         if len(group.runs) > 1:
-            seeds, loss = str(len(group.runs)), f"{loss} ± {statistics.stdev(group.losses):.4f}"
-        away = difference(group, groups[0], s) if i else ""
+            seeds = str(len(group.runs))
+            if group.unfinished != "diverged":
+                loss += f" ± {statistics.stdev(group.losses):.4f}"
+        away = difference(group, groups[0], groups) if i else ""
         speeds = [run.tok_s for run in group.runs if run.tok_s is not None]
         speed = f"{statistics.median(speeds):,.0f}" if speeds else "-"
-        cells = [group.name, seeds, f"{group.runs[0].tokens[-1]:,}", loss, away]
+        cells = [group.name, seeds, f"{group.runs[0].tokens_trained:,}", loss, away]
         lines.append(f"| {' | '.join([*cells, hellaswag_score(group), speed])} |")
     return "\n".join(lines)
 
 
-def difference(group: RunGroup, first: RunGroup, s: float | None) -> str:
+def difference(group: RunGroup, first: RunGroup, groups: list[RunGroup]) -> str:
     """Return the difference of two groups' mean losses, its standard error and a verdict."""
+    if group.unfinished or first.unfinished:
+        return "-"
+    both_several = len(group.runs) > 1 and len(first.runs) > 1
+    s, df = pooled_deviation([group, first] if both_several else groups)
     mean = group.mean - first.mean
-    if s is None:
+    if df == 0:
         return f"{mean:+.4f} (one seed each)"
     se = s * (1 / len(group.runs) + 1 / len(first.runs)) ** 0.5
-    if abs(mean) < 2 * se:
-        return f"{mean:+.4f} ± {se:.4f}, not shown"
-    if se == 0:
-        return f"{mean:+.4f}"
-    return f"{mean:+.4f} ± {se:.4f} ({abs(mean) / se:.1f} se)"
+    t = student_t(df)
+    verdict = "shown" if abs(mean) > t * se else "not shown"
+    return f"{mean:+.4f} ± {se:.4f}, {verdict} (df {df}: t {t:.2f})"
 
 
 def hellaswag_score(group: RunGroup) -> str:
@@ -225,7 +289,7 @@ def hellaswag_score(group: RunGroup) -> str:
 
     The items are the same for all seeds, so more seeds do not make that error smaller.
     """
-    last = [run.evaluations[-1] for run in group.runs]
+    last = [run.evaluations[-1] for run in group.runs if run.evaluations]
     scores = [r["val/hella_norm"] for r in last if r.get("val/hella_norm") is not None]
     errors = [r["val/hella_se"] for r in last if r.get("val/hella_se") is not None]
     if not scores:
@@ -298,9 +362,7 @@ def picture(groups: list[RunGroup], x: str, out: str):
                 n = max(1, len(run.train) // 25)
                 smooth = np.convolve(run.train[:, 1], np.ones(n) / n, "valid")
                 left.plot(run.train[n - 1 :, 0], smooth, color=colour, linewidth=0.7, alpha=0.4)
-        m = min(len(run.val) for run in group.runs)
-        mean = np.mean([run.val[:m, 1] for run in group.runs], axis=0)
-        left.plot(group.runs[0].val[:m, 0], mean, **style, marker="o", markersize=3)
+        left.plot(*mean_curve(group).T, **style, marker="o", markersize=3)
         right.axhline(row, **style, linewidth=1, alpha=0.5)
         right.plot(group.losses, [row] * len(group.losses), "o", color=colour, alpha=0.7)
         right.plot([group.mean] * 2, [row - 0.2, row + 0.2], color=colour, linewidth=2)
@@ -311,6 +373,17 @@ def picture(groups: list[RunGroup], x: str, out: str):
     right.set_yticklabels([group.name for group in groups], fontsize=9)
     right.invert_yaxis()
     save_figure(fig, out)
+
+
+def mean_curve(group: RunGroup, key: str = "val/loss") -> np.ndarray:
+    """Return (n, 2): the mean over runs of position and value, at the steps that all evaluated."""
+    values = [
+        {r["step"]: (x, r[key]) for x, r in zip(run.val[:, 0], run.evaluations)}
+        for run in group.runs
+    ]
+    common = sorted(set.intersection(*map(set, values)))
+    points = np.array([[run[step] for step in common] for run in values], float)
+    return points.mean(axis=0).reshape(-1, 2)
 
 
 def limits(losses: list[float]) -> tuple[float, float]:
@@ -381,21 +454,38 @@ def not_drawn(e: Exception) -> str:
 # command line
 
 
+def warn_of_commits(groups: list[RunGroup]):
+    """Tell of groups that were made by different code: an edit is no setting, so it has no name."""
+    for group in groups:
+        commits = sorted({run.commit for run in group.runs if run.commit})
+        if len(commits) > 1:
+            say(
+                f"{group.name}: its runs were made by different code ({', '.join(commits)}); "
+                "hint: a preset of its own tells an edited model apart"
+            )
+
+
 def main(args: Comparison):
     if not args.runs:
         raise UserError("no run to compare; hint: python compare.py log/a log/b")
-    once = {Path(run_dir).resolve(): run_dir for run_dir in args.runs}
+    # study.py leaves its picture beside the runs: log/study/* names it, too
+    folders = [run_dir for run_dir in args.runs if not Path(run_dir).is_file()] or args.runs
+    once = {Path(run_dir).resolve(): run_dir for run_dir in folders}
     runs = [read_run(run_dir, args.x) for run_dir in once.values()]
     groups = grouped(runs)
-    out = args.out if len(runs) > 1 else Path(args.runs[0]) / "curves.png"
+    out = args.out if len(runs) > 1 else Path(folders[0]) / "curves.png"
     if len(runs) > 1:
-        s = pooled_deviation(groups)
-        say(table(groups, s))
-        if s is None:
+        say(table(groups))
+        s, df = pooled_deviation(groups)
+        if df == 0:
             say("s: not known, no settings were run with two seeds")
         else:
-            meaning = "standard deviation of one run within its group, pooled"
-            say(f"s = {s:.4f}: {meaning}; se: s * sqrt(1/n1 + 1/n2); not shown: below 2 se")
+            say(
+                f"s = {s:.4f} (df {df}): standard deviation of a run within its group, over all "
+                "groups; se = s * sqrt(1/n1 + 1/n2), with s of the two groups if both have several "
+                "seeds; shown: beyond t * se (95%)"
+            )
+        warn_of_commits(groups)
     if args.reference:
         reference = read_run(args.reference, "step")
         for run in runs:
@@ -404,7 +494,7 @@ def main(args: Comparison):
         if len(runs) > 1:
             picture(groups, args.x, out)
         else:
-            curves(args.runs[0])
+            curves(folders[0])
         say(f"picture | {out}")
     except OSError as e:
         raise UserError(f"cannot write {out} ({one_line(e)}); hint: --out another.png") from e

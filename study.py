@@ -6,9 +6,10 @@
 
 What follows `--` are more settings for all runs. Each run is train_gpt2.py in a process of its own,
 in LOG_DIR/NAME. Ctrl-C or SIGTERM stops the study with a checkpoint; the same command resumes it
-and skips the runs that are finished.
+and skips the runs that are finished or have diverged.
 """
 
+import re
 import shlex
 import signal
 import subprocess
@@ -64,8 +65,11 @@ def commands(study: Study, more: list[str]) -> list[list[str]]:
             f"{len(study.presets)} presets and {study.seeds} seeds make no run; "
             "hint: python study.py gpt2-rope --seeds 1"
         )
+    refuse_taken(more)
     argvs = []
     for preset in map(config.preset, study.presets):
+        if study.scale == "mini":
+            refuse_to_shrink(preset, more)
         for max_lr in study.max_lr or (preset.max_lr,):
             for seed in range(1, study.seeds + 1):
                 argv = [preset.preset]
@@ -77,6 +81,37 @@ def commands(study: Study, more: list[str]) -> list[list[str]]:
                     raise UserError(f"{cfg.run_name}: {'; '.join(wrong)}")
                 argvs.append(argv + more)
     return argvs
+
+
+def refuse_taken(more: list[str]):
+    """Raise UserError for a setting after `--` that would be the same in runs meant to differ."""
+    instead = dict.fromkeys(("seed", "data_seed"), "--seeds N") | {"max_lr": "--max_lr X"}
+    instead |= dict.fromkeys(("run_name", "log_dir"), "--log_dir DIR")
+    for name in sorted(given_names(more) & instead.keys()):
+        raise UserError(
+            f"--{name} after -- would be the same for all runs; hint: {instead[name]} before --"
+        )
+
+
+def refuse_to_shrink(preset: config.TrainConfig, more: list[str]):
+    """Raise UserError where --scale mini would undo what a preset or --init_from is about."""
+    given = given_names(more)
+    if "init_from" in given:
+        raise UserError("--init_from brings its own shape, not --scale mini's; hint: --scale full")
+    baseline = config.preset("gpt2-baseline")
+    for name in ("n_layer", "n_embd", "T", "total_batch"):
+        value = getattr(preset, name)
+        if value != getattr(baseline, name) and name not in given:
+            raise UserError(
+                f"{preset.preset} has {name} {value}, and --scale mini would set {MINI[name]}; "
+                "hint: --scale full"
+            )
+
+
+def given_names(argv: list[str]) -> set[str]:
+    """Return the names of the options on a command line."""
+    options = [re.match(r"--([\w-]+)", word) for word in argv]
+    return {option[1].replace("-", "_") for option in options if option}
 
 
 def run_settings(study: Study, preset: config.TrainConfig, max_lr: float, seed: int) -> dict:
@@ -96,7 +131,7 @@ def run_settings(study: Study, preset: config.TrainConfig, max_lr: float, seed: 
 
 def train_all(argvs: list[list[str]]):
     """Train all runs. A signal stops the present run with a checkpoint, and then the study."""
-    from runtime.stop import INTERRUPTED  # imports torch: errors in settings come before
+    from runtime.stop import INTERRUPTED, Diverged  # imports torch: errors in settings come before
 
     process = None
     stopped = False
@@ -113,6 +148,11 @@ def train_all(argvs: list[list[str]]):
             handlers[number] = signal.signal(number, stop)
     try:
         for argv in argvs:
+            cfg, _ = config.from_command_line(argv)
+            mark = cfg.run_dir / "diverged.json"
+            if mark.exists():
+                say(f"{cfg.run_name} has diverged before; remove {mark} to try it again")
+                continue
             say(f"$ python train_gpt2.py {shlex.join(argv)}")
             command = [sys.executable, str(Path(__file__).with_name("train_gpt2.py")), *argv]
             # in a session of its own: Ctrl-C reaches it once, from here
@@ -123,10 +163,12 @@ def train_all(argvs: list[list[str]]):
             if stopped or status == INTERRUPTED:
                 say("interrupted; to resume: the same command again")
                 sys.exit(INTERRUPTED)
-            if status:
+            if status == Diverged.status:
+                say(f"{cfg.run_name} has diverged; the study goes on")
+            elif status:
                 raise UserError(
-                    f"{argv[argv.index('--run_name') + 1]} ended with status {status}; hint: see "
-                    "above; the same command resumes, another --log_dir starts anew"
+                    f"{cfg.run_name} ended with status {status}; hint: see above; the same command "
+                    "resumes, another --log_dir starts anew"
                 )
     finally:
         for number, handler in handlers.items():

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -38,6 +39,7 @@ def make(tmp_path):
     """
 
     def go(name, base, final, steps=20, hella=None, dt_ms=3000.0, **settings):
+        settings = {"max_steps": steps} | settings
         folder = tmp_path / name
         losses = {step: 10 + (final - 10) * step / max(1, steps) for step in range(0, steps + 1, 5)}
         write_run(folder, base, losses, **{"run_name": name, "total_batch": 1000} | settings)
@@ -74,10 +76,10 @@ def rows(out: str) -> dict[str, list[str]]:
 
 
 def test_seeds_are_grouped_and_small_differences_are_none(make, tmp_path, capsys):
-    """Standard deviations of 0.01 and 0.03, so s^2 = (2 * 0.01^2 + 2 * 0.03^2) / 4.
+    """Standard deviations of 0.01 and 0.03, so s^2 = (2 * 0.01^2 + 2 * 0.03^2) / 4, df 4.
 
     Between three seeds and three the standard error is s * sqrt(2/3), between three and one
-    s * sqrt(4/3): below two of them no difference is shown.
+    s * sqrt(4/3): below 2.78 of them, Student's t for df 4, no difference is shown.
     """
     runs = [
         make(f"a{i}", "gpt2-baseline", 5 + d, seed=i, data_seed=i, hella=0.25)
@@ -88,13 +90,105 @@ def test_seeds_are_grouped_and_small_differences_are_none(make, tmp_path, capsys
     show(tmp_path, *runs)
     out = capsys.readouterr().out
     lines = {name: " | ".join(cells) for name, cells in rows(out).items()}
+    t = "shown (df 4: t 2.78)"
     assert lines == {
         "gpt2-baseline": "3 | 20,000 | 5.0000 ± 0.0100 |  | 0.2500 ± 0.0200 | 333",
-        "gpt2-rope": "3 | 20,000 | 4.9600 ± 0.0300 | -0.0400 ± 0.0183 (2.2 se) | - | 333",
-        "gpt2-swiglu": "one | 20,000 | 5.0500 | +0.0500 ± 0.0258, not shown | - | 333",
-        "gpt2-modern": "one | 10,000 | 4.5000 | -0.5000 ± 0.0258 (19.4 se) | - | 500",
+        "gpt2-rope": f"3 | 20,000 | 4.9600 ± 0.0300 | -0.0400 ± 0.0183, not {t} | - | 333",
+        "gpt2-swiglu": f"one | 20,000 | 5.0500 | +0.0500 ± 0.0258, not {t} | - | 333",
+        "gpt2-modern": f"one | 10,000 | 4.5000 | -0.5000 ± 0.0258, {t} | - | 500",
     }
-    assert "s = 0.0224" in out and (tmp_path / "p.png").stat().st_size > 10_000
+    assert "s = 0.0224 (df 4)" in out and (tmp_path / "p.png").stat().st_size > 10_000
+
+
+def test_two_groups_with_seeds_are_compared_by_their_own_spread(make, tmp_path, capsys):
+    """Other runs beside them, here with a far smaller spread, do not change the verdict."""
+    runs = [make(f"a{i}", "gpt2-baseline", 5 + d, seed=i) for i, d in enumerate((-0.05, 0, 0.05))]
+    runs += [make(f"b{i}", "gpt2-rope", 4.9 + d, seed=i) for i, d in enumerate((-0.05, 0, 0.05))]
+    show(tmp_path, *runs)
+    alone = rows(capsys.readouterr().out)["gpt2-rope"]
+    runs += [make(f"c{i}", "gpt2-modern", 4 + d, seed=i) for i, d in enumerate((-0.001, 0, 0.001))]
+    show(tmp_path, *runs)
+    assert rows(capsys.readouterr().out)["gpt2-rope"] == alone
+    assert alone[3] == "-0.1000 ± 0.0408, not shown (df 4: t 2.78)"
+
+
+@pytest.mark.parametrize("df, t", [(1, 12.706), (4, 2.776), (10, 2.228), (11, 2.201), (30, 2.042)])
+def test_student_t(df, t):
+    """The two-sided 95% points of every statistical table."""
+    assert compare.student_t(df) == pytest.approx(t, abs=6e-3)
+
+
+def test_what_has_not_finished_is_a_row_of_its_own(make, tmp_path, capsys):
+    """Diverged or stopped runs are no part of a mean, of s, of a verdict."""
+    runs = [make(f"a{i}", "gpt2-rope", 5 + d, seed=i) for i, d in enumerate((-0.01, 0, 0.01))]
+    runs += [make(f"nan{i}", "gpt2-rope", float("nan"), seed=i) for i in range(2)]
+    runs += [make("marked", "gpt2-rope", 9.0, seed=5, max_lr=1.0)]
+    (tmp_path / "marked" / "diverged.json").write_text("{}")
+    (tmp_path / "marked" / "metrics.jsonl").write_text('{"step": 0, "val/loss": 10.0}\n')
+    runs += [make("short", "gpt2-rope", 8.0, steps=10, seed=6, max_steps=20)]
+    show(tmp_path, *runs)
+    out = capsys.readouterr().out
+    table = rows(out)
+    low = "gpt2-rope max_lr 0.0015"
+    assert table[low][:3] == ["3", "20,000", "5.0000 ± 0.0100"]
+    assert table[f"{low}, diverged"][:4] == ["2", "20,000", "nan", "-"]
+    assert table["gpt2-rope max_lr 1, diverged"][:2] == ["one", "0"]
+    assert table[f"{low}, step 10 of 20"][1:4] == ["10,000", "8.0000", "-"]
+    assert "s = 0.0100 (df 2)" in out
+
+
+def test_a_mean_curve_is_of_the_steps_that_all_have(make):
+    """Evaluated every 5 and every 10 steps, two equal runs have one curve."""
+    often, seldom = make("a", "gpt2-rope", 5.0), make("b", "gpt2-rope", 5.0, seed=2)
+    path = Path(seldom, "metrics.jsonl")
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if "val/loss" not in line or json.loads(line)["step"] % 10 == 0]
+    path.write_text("".join(kept))
+    (group,) = compare.grouped([compare.read_run(folder, "step") for folder in (often, seldom)])
+    assert compare.mean_curve(group).tolist() == [[0, 10], [10, 7.5], [20, 5]]
+
+
+@pytest.mark.parametrize(
+    "name, values, names",
+    [
+        ("data_root", ("data/edu", "/x/code"), ("data_root edu", "data_root code")),
+        ("val_tokens", (1024, 4096), ("val_tokens 1024", "val_tokens 4096")),
+        ("init_from", ("", "gpt2"), ("init_from none", "init_from gpt2")),
+    ],
+)
+def test_other_data_and_another_measurement_are_other_groups(
+    make, tmp_path, capsys, name, values, names
+):
+    runs = [make(str(i), "gpt2-rope", 5.0, **{name: value}) for i, value in enumerate(values)]
+    show(tmp_path, *runs)
+    assert [*rows(capsys.readouterr().out)] == [f"gpt2-rope {name}" for name in names]
+
+
+def test_the_same_run_twice_is_one(make, tmp_path, capsys):
+    """Twice the same settings and seed: a spread of 0 would show every difference."""
+    a, again = make("a", "gpt2-rope", 5.0, seed=1), make("again", "gpt2-rope", 5.0, seed=1)
+    show(tmp_path, a, again, make("b", "gpt2-baseline", 5.1))
+    out = capsys.readouterr().out
+    assert rows(out)["gpt2-rope"][0] == "one" and "s: not known" in out
+    assert "again is left out: it has the settings and the seed of a" in out
+
+
+def test_a_group_made_by_different_code_is_told(make, tmp_path, capsys):
+    """An edit of the code is no setting: nothing else tells such runs apart."""
+    runs = [make(str(i), "gpt2-rope", 5.0 + i, seed=i) for i in range(2)]
+    for folder, commit in zip(runs, ("74464a1", "74464a1-dirty")):
+        Path(folder, "env.json").write_text(json.dumps({"commit": commit}))
+    show(tmp_path, *runs)
+    told = "gpt2-rope: its runs were made by different code (74464a1, 74464a1-dirty)"
+    assert told in capsys.readouterr().out
+
+
+def test_files_beside_the_runs_are_passed_over(make, tmp_path, capsys):
+    """`log/study/*` names the picture, too, that study.py puts there."""
+    runs = [make(str(i), "gpt2-rope", 5.0 + i, seed=i) for i in range(2)]
+    show(tmp_path, *runs)
+    show(tmp_path, *runs, str(tmp_path / "p.png"))
+    assert rows(capsys.readouterr().out)["gpt2-rope"][0] == "2"
 
 
 def test_other_settings_are_other_groups_with_names_that_tell(make, tmp_path, capsys):

@@ -40,7 +40,7 @@ def test_every_preset_rate_and_seed_is_a_run_of_its_own():
 
 def test_mini_changes_the_size_and_not_what_a_preset_is_about():
     """Heads as wide as in the preset; data order, optimizer and schedule are the preset's own."""
-    names = ("gpt2-baseline", "gpt2-periodicity-fix", "gpt2-swiglu", "gpt2-modern", "gpt2-xl")
+    names = ("gpt2-baseline", "gpt2-periodicity-fix", "gpt2-swiglu", "gpt2-modern")
     for name, cfg in zip(names, settings(Study(names, max_steps=100))):
         preset = config.preset(name)
         assert cfg.n_embd // cfg.n_head == preset.n_embd // preset.n_head
@@ -87,6 +87,11 @@ def test_more_settings_are_passed_through_and_win():
         (Study(("gpt2-rope",)), ["--sed", "1"], "no option --sed"),
         (Study(("gpt2-rope",), max_lr=(-1.0,)), [], "max_lr is -1.0"),
         (Study(("gpt2-baseline", "gpt2-rope")), ["--B", "7"], "is not a multiple of B x T"),
+        (Study(("gpt2-rope",)), ["--data-seed=7"], "--data_seed after -- would be the same"),
+        (Study(("gpt2-rope",)), ["--run_name", "x"], "--run_name after -- would be the same"),
+        (Study(("gpt2-xl",)), [], "gpt2-xl has n_layer 48, and --scale mini would set 13"),
+        (Study(("gpt2-rope-t2048",)), [], "has T 2048, and --scale mini would set 256"),
+        (Study(("gpt2-baseline",)), ["--init_from", "gpt2"], "brings its own shape"),
     ],
 )
 def test_mistakes_are_found_before_the_first_run(study, more, words):
@@ -102,6 +107,23 @@ def test_a_run_that_fails_ends_the_study(tmp_path):
     *_, of_the_run, of_the_study = done.stderr.splitlines()
     assert of_the_run.startswith("error: no train shards")
     assert of_the_study.startswith("error: gpt2-rope-0.0015-seed1 ended with status 2; hint: ")
+
+
+def test_a_run_that_diverges_does_not_end_a_sweep(tmp_path):
+    """It has a row of its own in the table, and is not trained again."""
+    data = write_shards(tmp_path / "toy", {"train": [20000], "val": [2000]}, ids=512)
+    log = tmp_path / "log"
+    argv = ["study.py", "gpt2-rope", "--max_lr", "1e30", "1e-3", "--scale", "full"]
+    argv += ["--max_steps", 9, "--data_root", data, "--log_dir", log, "--", *TINY]
+    first = run(*argv)
+    assert first.returncode == 0, first.stderr
+    assert "gpt2-rope-1e+30-seed1 has diverged; the study goes on" in first.stdout
+    assert (log / "gpt2-rope-0.001-seed1" / "finished.json").exists()
+    assert "| gpt2-rope max_lr 1e+30, diverged | one |" in first.stdout
+    again = run(*argv)
+    assert again.returncode == 0, again.stderr
+    assert "gpt2-rope-1e+30-seed1 has diverged before; remove " in again.stdout
+    assert "step 1/" not in again.stdout
 
 
 def losses(run_dir) -> dict[int, float]:
