@@ -400,17 +400,19 @@ class HellaSwag:
 
         poll() is called before each batch, equally often on all ranks.
         """
-        by_token = []
+        by_ending = np.zeros(len(self.items.divisors))
+        endings = [batch.ending for batch in self.batches]
+        # Allocated before the batches: a result kept by each of them would split the block that its
+        # logits have freed, and the next logits would take a new one, 0.3 GB per batch on a CPU.
+        token_losses = [torch.zeros(ending.shape, device=ending.device) for ending in endings]
         with self.compute.autocast():  # around all batches: it caches the converted weights
             for i in tqdm(range(self.rounds), "hellaswag", disable=not bar, leave=False):
                 poll()
                 if i < len(self.batches):
-                    by_token.append(self.score(self.model, self.batches[i]))
-        by_ending = np.zeros(len(self.items.divisors))
-        if by_token:
-            endings = torch.cat([batch.ending for batch in self.batches]).cpu().numpy()
-            token_losses = torch.cat(by_token).cpu().double().numpy()  # one sync for all batches
-            by_ending = np.bincount(endings, token_losses, minlength=len(by_ending))
+                    token_losses[i].copy_(self.score(self.model, self.batches[i]))
+        if endings:
+            by_token = torch.cat(token_losses).cpu().double().numpy()  # one sync for all batches
+            by_ending = np.bincount(torch.cat(endings).cpu(), by_token, minlength=len(by_ending))
         return sum_over_ranks(torch.from_numpy(by_ending)).numpy().reshape(-1, 4)
 
     def __call__(self, poll: Callable = lambda: None, bar: bool = False) -> dict:
