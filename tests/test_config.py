@@ -14,6 +14,7 @@ from config import (
     FREE_ON_RESUME,
     PRESETS,
     TrainConfig,
+    as_listed,
     as_stored,
     differences,
     from_command_line,
@@ -60,7 +61,8 @@ def test_presets_are_complete_and_pass_the_check(name):
     cfg = preset(name)
     assert cfg.preset == cfg.run_name == name
     assert cfg.block_size == cfg.T
-    assert cfg.min_lr == (0.0 if cfg.optimizer == "muon" else pytest.approx(cfg.max_lr / 10))
+    min_lr = as_listed(name).min_lr
+    assert cfg.min_lr == (pytest.approx(cfg.max_lr / 10) if min_lr is None else min_lr)
     assert [field for field in FIELDS if getattr(cfg, field) is None] in ([], ["epochs"])
     assert problems(cfg, world_size=1) == []
 
