@@ -199,9 +199,16 @@ def check_shape(saved: Checkpoint):
 
 
 def newest_run(log_dir: str = "log") -> str:
-    """Return the run directory with the newest checkpoint. Raises UserError when there is none."""
+    """Return the run directory with the newest checkpoint. Raises UserError when there is none.
+
+    Runs are log/NAME and log/STUDY/NAME; log/reference holds records of others.
+    """
+    states = []
     for _ in range(2):  # one may be deleted, and a newer one written, while this looks
-        states = list(Path(log_dir).glob("*/ckpt/step_*/state.json"))
+        for folder in Path(log_dir).glob("*"):
+            if folder.name != "reference":
+                states += folder.glob("ckpt/step_*/state.json")
+                states += folder.glob("*/ckpt/step_*/state.json")
         if states:
             break
     if not states:

@@ -509,6 +509,24 @@ def test_mistakes_are_one_line(run_dir, tmp_path, monkeypatch, capsys):
 
 
 def test_newest_run(tmp_path):
-    """The run of the newest checkpoint; without one an error with a hint."""
-    with pytest.raises(UserError, match="hint"):
+    """The run of the newest checkpoint, also one of a study; none is in log/reference.
+
+    Without a run an error with a hint.
+    """
+
+    def save(name, age):
+        state = tmp_path / name / "ckpt" / "step_000001" / "state.json"
+        state.parent.mkdir(parents=True)
+        state.touch()
+        os.utime(state, (1e9 - age, 1e9 - age))
+
+    save("reference", age=0)
+    save("reference/a", age=0)
+    with pytest.raises(UserError, match="no run with a checkpoint .*hint"):
         hf.newest_run(str(tmp_path))
+    save("b", age=1)
+    save("study/c", age=2)
+    save("d", age=3)
+    assert hf.newest_run(str(tmp_path)) == str(tmp_path / "b")
+    shutil.rmtree(tmp_path / "b")
+    assert hf.newest_run(str(tmp_path)) == str(tmp_path / "study" / "c")
