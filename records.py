@@ -538,7 +538,8 @@ def data_to_resume(
         raise UserError(
             f"{cfg.data_root} is not the data this run began with (fingerprint "
             f"{shard_files.fingerprints(train_data.shards)[-1]}, was {began_with}); hint: restore "
-            "it, or --accept_new_data True resumes with it"
+            f"it, --run_name {cfg.run_name}-2 starts anew with this one, or --accept_new_data True "
+            "goes on regardless"
         )
     note = "" if same_data else ", with other data than it began with"
     say(f"resume | step {resume_from.step} from {resume_from.path}{note}")

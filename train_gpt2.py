@@ -191,10 +191,11 @@ def run_stages(cfg: TrainConfig, world: World, stop: Stop) -> Result:
     cfg, data = check(with_shape(cfg), world)
     cfg, resume_from = records.resume_point(cfg)
     trains = not (cfg.eval_only or cfg.dry_run)
-    if trains and resume_from and resume_from.step == cfg.max_steps:
+    if trains and resume_from:
+        data = data._replace(train=records.data_to_resume(cfg, data.train, resume_from))
         # rank 0 looks: others need not have the run directory
         val_loss = on_rank0(lambda: records.finished_loss(cfg))
-        if val_loss is not None:
+        if val_loss is not None and resume_from.step == cfg.max_steps:
             return already_finished(cfg, resume_from, val_loss, world)
     model = build_model(cfg, resume_from, world)
     if cfg.dry_run:
@@ -304,9 +305,8 @@ def set_up(
     micro_steps = count_micro_steps(cfg, world)
     evaluate = Evaluator(cfg, model, data.val, compute, world, stop)
     start_step = resume_from.step if resume_from else 0
-    train_data = records.data_to_resume(cfg, data.train, resume_from) if resume_from else data.train
     loader = shards.Loader(
-        train_data, cfg.total_batch, cfg.B, world, start_step, cfg.batch_hashes, stop.ask
+        data.train, cfg.total_batch, cfg.B, world, start_step, cfg.batch_hashes, stop.ask
     )
     try:
         run_records = records.Records(cfg, model, optimizer, loader, resume_from, world, stop)

@@ -353,6 +353,23 @@ def test_a_finished_run_says_so_and_nothing_is_overwritten(train, tmp_path):
     assert before == files(tmp_path / "r")
 
 
+def test_a_finished_run_is_not_the_result_of_other_data(train, tmp_path, data):
+    """Refused as an unfinished run is, unless accepted; shards added since do no harm."""
+    command = "gpt2-baseline --max_steps 3"
+    train(command)
+    before = files(tmp_path / "r")
+    grown = shutil.copytree(data, tmp_path / "grown")
+    np.save(grown / "data_train_999999.npy", np.zeros(500, np.uint16))
+    other = shutil.copytree(data, tmp_path / "other")
+    np.save(other / "data_train_000000.npy", np.zeros(5000, np.uint16))
+    assert "already finished" in train(command, shards=grown)[1]
+    words = "not the data this run began with.*hint: restore it, --run_name r-2 starts anew"
+    with pytest.raises(UserError, match=words):
+        train(command, shards=other)
+    assert "already finished" in train(command, "--accept_new_data True", shards=other)[1]
+    assert before == files(tmp_path / "r")
+
+
 def test_a_damaged_checkpoint_is_skipped(train, tmp_path):
     command = "gpt2-baseline --max_steps 9 --save_interval 3"
     train(command)
