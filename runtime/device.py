@@ -1,6 +1,7 @@
 """The device and how it computes: choice, number type, compiler, determinism, peak speed."""
 
 import ctypes
+import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,11 +13,15 @@ from torch.nn.attention import SDPBackend
 
 from runtime.command_line import UserError, one_line, say
 
+# there is an NVIDIA GPU on the machine where one of these is
+NVIDIA_FILES = ("/dev/nvidia0", "/proc/driver/nvidia")
+
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """Return the device called cuda, cuda:1, mps or cpu; "auto" takes the first that exists.
 
-    Raises UserError when there is no such device.
+    Raises UserError when there is no such device, and for "auto" when there is a GPU that torch's
+    CUDA cannot use: nobody wants to find out from the speed.
     """
     available = []
     if torch.cuda.is_available():
@@ -24,7 +29,18 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     if torch.backends.mps.is_available():
         available.append("mps")
     available.append("cpu")
-    kind, _, index = (available[0] if name == "auto" else name).partition(":")
+    kind, _, index = name.partition(":")
+    if kind == "auto":
+        kind = "cuda" if has_gpu() else available[0]
+    if kind == "cuda" and kind not in available:
+        version = torch.version.cuda
+        mend = f"nvidia-smi must work and show CUDA {version} or later, else a newer driver"
+        if version is None:
+            mend = "another build of torch"
+        raise UserError(
+            f"torch {torch.__version__} (CUDA: {version}) can use no GPU here; hint: {mend} "
+            f"(notes/running.md); or --device {available[0]}"
+        )
     if kind not in available:
         raise UserError(
             f"device {name!r} is not there, this machine has {', '.join(available)}; "
@@ -39,6 +55,15 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+def has_gpu() -> bool:
+    """Tell whether torch is built for CUDA and this machine has a GPU, usable or not.
+
+    One that CUDA_VISIBLE_DEVICES hides does not count.
+    """
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return bool(torch.version.cuda) and not hidden and any(map(os.path.exists, NVIDIA_FILES))
 
 
 def worker_thread(name: str, device: torch.device) -> ThreadPoolExecutor:

@@ -35,6 +35,7 @@ from config import preset
 from model import GPT, GPTConfig
 from optim import build
 from runtime import cgroup, command_line, runlog
+from runtime import device as device_module
 from runtime import world as world_module
 from runtime.checkpoint import Saver, find
 from runtime.command_line import PathText, UserError, near, one_line, say
@@ -42,6 +43,7 @@ from runtime.device import (
     choose_compute,
     not_deterministic,
     peak_flops,
+    pick_device,
     torch_settings_restored,
     use_deterministic_kernels,
     worker_thread,
@@ -342,6 +344,33 @@ def test_determinism_is_enforced_on_a_gpu(device, raises):
         torch.nn.functional.max_unpool2d(x, indices, 2)
     if raises:
         assert not_deterministic(e.value)
+
+
+@pytest.mark.parametrize(
+    "name, cuda, file, visible, words",
+    [
+        ("auto", "13.0", "/", None, "show CUDA 13.0 or later"),  # an old driver
+        ("auto", "13.0", "/", "", None),  # hidden on purpose
+        ("auto", "13.0", "/none", None, None),  # a laptop: pip's torch has CUDA on any Linux
+        ("auto", None, "/", None, None),
+        ("cuda", "13.0", "/none", None, "show CUDA 13.0 or later"),
+        ("cuda:1", None, "/none", None, "another build of torch"),
+    ],
+)
+def test_a_gpu_that_torch_cannot_use_is_an_error(monkeypatch, name, cuda, file, visible, words):
+    """Else a run meant for GPUs would go on, on the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(device_module, "NVIDIA_FILES", (file,))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    if words is None:
+        assert pick_device(name).type != "cuda"
+        return
+    with pytest.raises(UserError, match=rf"can use no GPU here; hint: .*{words}") as e:
+        pick_device(name)
+    assert "\n" not in str(e.value)
 
 
 def test_compiling_is_off_on_mps(capsys):
