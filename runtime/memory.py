@@ -40,14 +40,19 @@ def free_memory(device: torch.device) -> int:
     return max(0, min(limits))
 
 
+# torch's allocator on a CPU, C++; CUDA, Triton and NCCL; cuBLAS
+OUT_OF_MEMORY = ("DefaultCPUAllocator", "bad_alloc", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
 def out_of_memory(e: BaseException) -> bool:
     """Tell whether an exception means out of memory.
 
-    It is a type of its own on a GPU, and a message in a RuntimeError on a CPU.
+    It is a type of its own from torch's allocator on a GPU, and a message in a RuntimeError from
+    other libraries there and on a CPU.
     """
     if isinstance(e, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return "DefaultCPUAllocator" in str(e) or "bad_alloc" in str(e)
+    return isinstance(e, RuntimeError) and any(text in str(e) for text in OUT_OF_MEMORY)
 
 
 def bytes_per_token(model, compute: Compute) -> int:

@@ -464,6 +464,13 @@ def test_out_of_memory_is_told_from_other_errors():
     assert out_of_memory(e.value)
     assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert out_of_memory(MemoryError())
+    for text in (
+        "CUDA error: out of memory",
+        "Triton Error [CUDA]: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "NCCL error in: NCCLUtils.cpp:94\nLast error:\nCuda failure 2 'out of memory'",
+    ):
+        assert out_of_memory(RuntimeError(text)), text
     assert not out_of_memory(RuntimeError("shapes differ"))
 
 
