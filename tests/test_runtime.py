@@ -32,6 +32,7 @@ from conftest import ROOT, run, start_waiting
 from test_shards import world
 
 from config import preset
+from kernels.compute import start_computing
 from model import GPT, GPTConfig
 from optim import build
 from runtime import cgroup, command_line, runlog
@@ -371,6 +372,15 @@ def test_a_gpu_that_torch_cannot_use_is_an_error(monkeypatch, name, cuda, file, 
     with pytest.raises(UserError, match=rf"can use no GPU here; hint: .*{words}") as e:
         pick_device(name)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("dtype, precision", [("float32", "highest"), ("bfloat16", "high")])
+def test_float32_does_not_mean_tf32(dtype, precision):
+    """Which a GPU would take for all matmuls; beside bfloat16 it is the more precise one."""
+    cfg = preset("gpt2-rope", dtype=dtype, use_compile=False)
+    with torch_settings_restored():
+        start_computing(cfg, None, torch.device("cpu"))
+        assert torch.get_float32_matmul_precision() == precision
 
 
 def test_compiling_is_off_on_mps(capsys):
