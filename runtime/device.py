@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch.nn.attention import SDPBackend
 
 from runtime.command_line import UserError, one_line, say
@@ -125,18 +126,26 @@ class Compute(NamedTuple):
 
 
 def choose_compute(device: torch.device, dtype: str, use_compile: bool) -> Compute:
-    """Decide how to compute; a line says so when torch.compile is wanted and does not work here."""
+    """Decide how to compute; a line says so when torch.compile is wanted and does not work here.
+
+    All ranks compile or none: one that does not would slow down the others.
+    """
     compiled = use_compile
     if use_compile and device.type == "mps":
         compiled = False
         say("compile | off: on MPS it has not been tried")
     elif use_compile:
-        error = compile_error(device)
-        if error:
+        errors = [compile_error(device)]  # by rank
+        if dist.is_initialized():
+            errors *= dist.get_world_size()
+            dist.all_gather_object(errors, errors[0])
+        failing = [rank for rank, error in enumerate(errors) if error]
+        if failing:
             compiled = False
+            where = f"on rank {failing[0]}" if dist.is_initialized() else "here"
             say(
-                f"compile | off, it does not work here ({error}); "
-                "hint: install g++ and the Python headers"
+                f"compile | off, it does not work {where} ({errors[failing[0]]}); "
+                "hint: install gcc, g++ and the Python headers (python3-dev); on a GPU triton, too"
             )
     return Compute(device, autocast_dtype(device, dtype), compiled)
 
@@ -144,7 +153,7 @@ def choose_compute(device: torch.device, dtype: str, use_compile: bool) -> Compu
 def compile_error(device: torch.device) -> str | None:
     """Return why torch.compile cannot build a kernel here, or None when it can.
 
-    It needs a C++ compiler on a CPU, Triton on a GPU.
+    It needs g++ on a CPU, Triton and gcc on a GPU, the Python headers on both.
     """
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))

@@ -614,6 +614,34 @@ def test_an_error_of_one_rank_is_the_error_of_all(tmp_path):
         assert f"{rank}: on rank 1: a shard was cut" in done.stdout, done.stderr
 
 
+COMPILING = """
+import sys
+sys.path.insert(0, {root!r})
+import torch
+from runtime.device import choose_compute
+from runtime.world import join_world
+
+def compile(function):
+    if world.rank == 1:
+        raise RuntimeError("no Python.h")
+    return function
+
+world = join_world("cpu")
+torch.compile = compile
+print(f"{{world.rank}}: {{choose_compute(world.device, 'float32', True).compiled}}")
+"""
+
+
+def test_all_ranks_compile_or_none(tmp_path):
+    """One that cannot would slow down the others, in silence: only rank 0 prints."""
+    script = tmp_path / "compiling.py"
+    script.write_text(COMPILING.format(root=str(ROOT)))
+    done = run(script, nproc=2)
+    assert "0: False" in done.stdout and "1: False" in done.stdout, done.stderr
+    line = "compile | off, it does not work on rank 1 (RuntimeError: no Python.h); hint: "
+    assert done.stdout.count(line) == 1, done.stdout
+
+
 # --------------------------------------------------------------------------------------------------
 # what does not stop a run: diagnostics, Weights & Biases
 
