@@ -9,7 +9,7 @@ from Python or a notebook:
     result = train_gpt2.train(config.preset("shakespeare", max_steps=50))
 To resume an interrupted run, give the same command again; --run_name NAME starts a second run.
 Fine-tune: --init_from gpt2. Evaluate a checkpoint: --eval_only True --init_from log/gpt2-rope.
-See what would run: --dry_run True. When NCCL hangs (no peer-to-peer copies): NCCL_P2P_DISABLE=1.
+See what would run: --dry_run True. When NCCL hangs: NCCL_DEBUG=INFO in front.
 
 Exit status: 0 done; 2 a mistake by the user, or a full disk at the end; 75 stopped by a signal
 (SIGTERM, SIGINT, SIGUSR1, SIGHUP) with a checkpoint; 3 diverged to NaN; else it is a bug.

@@ -130,16 +130,22 @@ def warn_of_copies():
 
 
 def meet(device: torch.device, world_size: int, timeout: float):
-    """Wait for the other processes, then make the process group. Raises UserError without them."""
+    """Wait for the other processes, then make the process group. Raises UserError without them.
+
+    Ends this process when they are there and yet no group comes about.
+    """
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     others = f"{world_size - 1} other processes at {address}"
     late = threading.Timer(10, say, [f"processes | still waiting for {others}"])
     late.daemon = True
     late.start()
+    hanging = threading.Timer(timeout, end_hanging, [timeout, others])
+    hanging.daemon = True
     on_gpu = device.type == "cuda"
     try:
         seconds = datetime.timedelta(seconds=timeout)
         store, rank, world_size = next(rendezvous("env://", timeout=seconds))
+        hanging.start()
         # Later than the watchdog's limit (Stop), which gives the better message and also kills the
         # hanging process. Ranks wait here for one that still compiles.
         seconds = datetime.timedelta(seconds=max(timeout, COMPILE_SECONDS) + 15)
@@ -159,6 +165,19 @@ def meet(device: torch.device, world_size: int, timeout: float):
         ) from None
     finally:
         late.cancel()
+        hanging.cancel()
+
+
+def end_hanging(timeout: float, others: str):
+    """End this process, which hangs while the process group is made (a thread)."""
+    print(
+        f"error (rank {os.environ['RANK']}): no process group after {timeout:g} s with {others}; "
+        "hint: NCCL_DEBUG=INFO in front tells more; NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME "
+        "name the network interface (notes/running.md)",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
 
 
 def limit_threads():

@@ -543,19 +543,31 @@ def test_copies_of_another_launcher_are_reported(monkeypatch, capsys, name):
 
 
 MEET = """
+import sys
 from runtime.command_line import run_script
 from runtime.world import join_world
-run_script(lambda: join_world("cpu", timeout=1))
+run_script(lambda: join_world("cpu", timeout=int(sys.argv[1])))
 """
 
 
 def test_waiting_for_peers_ends_in_one_line():
     port = str(20000 + os.getpid() % 10000)
     env = WHOLE | {"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    done = run("-c", MEET, env=env)
+    done = run("-c", MEET, 1, env=env)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert f"waited 1 s for 3 other processes at 127.0.0.1:{port}" in done.stderr
     assert "hint: " in done.stderr
+
+
+def test_a_process_group_that_hangs_ends_in_one_line():
+    """The watchdog of a run begins later: here rank 0 has come, and then is silent."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    done = run("-c", MEET, 2, env={"RANK": "1", "WORLD_SIZE": "2"} | address, timeout=60)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    peers = f"1 other processes at 127.0.0.1:{store.port}"
+    assert f"error (rank 1): no process group after 2 s with {peers}" in done.stderr
+    assert "hint: NCCL_DEBUG=INFO" in done.stderr
 
 
 FAILING = """
