@@ -1,6 +1,6 @@
 """Report what is in a directory of shards, and count what a run would read of it.
 
-python audit.py data/my --T 1024 --world_size 4 --B 64 --total_batch 524288 --max_steps 19073
+python audit.py data/my --preset gpt2-rope --world_size 4
 """
 
 import sys
@@ -13,6 +13,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from config import as_listed
 from runtime.command_line import PathText, UserError, parse, run_script, say
 from shard_files import Shard, open_shards, read_manifest, scan
 from shards import Windows, micro_batch_positions
@@ -27,18 +28,24 @@ class Audit:
     """
 
     root: tyro.conf.Positional[PathText]  # directory of shards
-    T: int = 1024  # tokens in a sequence; this and the rest are the settings of the run
+    preset: str = "gpt2-rope"  # the run; what is given below replaces its settings
     world_size: int = 1  # processes
-    B: int = 64
-    total_batch: int = 524288
-    max_steps: int = 19073
-    data_order: Literal["sequential", "documents", "global"] = "global"
-    data_seed: int = 1337
+    T: int | None = None  # tokens in a sequence
+    B: int | None = None
+    total_batch: int | None = None
+    max_steps: int | None = None
+    data_order: Literal["sequential", "documents", "global"] | None = None
+    data_seed: int | None = None
     # read the files, too: documents, ids, hashes; False: only headers and order
     contents: bool = True
 
     def run(self):
         """Print the report and exit. Raises UserError for impossible settings."""
+        listed = as_listed(self.preset)
+        epochs = listed.epochs if self.max_steps is None else None
+        for name in ("T", "B", "total_batch", "max_steps", "data_order", "data_seed"):
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(listed, name))
         tokens = self.B * self.T * self.world_size
         smallest = min(self.T, self.B, self.world_size, self.total_batch, self.max_steps)
         if smallest < 1 or self.total_batch % tokens:
@@ -58,7 +65,7 @@ class Audit:
             shards = open_shards(self.root, split, self.T, wrong)
             wrong += self.report_split(split, shards)
         if shards:
-            wrong += self.report_run(shards)
+            wrong += self.report_run(shards, epochs)
         for problem in wrong:
             say(f"wrong: {problem}")
         if not wrong:
@@ -88,11 +95,16 @@ class Audit:
         say(f"{name:24}{tokens:16,}{windows:14,}{documents:>14}")
         return wrong
 
-    def report_run(self, shards: list[Shard]) -> list[str]:
-        """Print which part of the data a run reads; return what is wrong with it."""
+    def report_run(self, shards: list[Shard], epochs: float | None) -> list[str]:
+        """Print which part of the data a run reads; return what is wrong with it.
+
+        epochs: the length of the run, in place of max_steps.
+        """
         tracemalloc.start()
         started = time.perf_counter()
         windows = Windows(shards, self.T, self.data_order, self.data_seed)
+        if epochs:  # as preflight.set_length()
+            self.max_steps = max(1, windows.in_epochs(epochs) * self.T // self.total_batch)
         end = self.max_steps * (self.total_batch // self.T)  # windows that the run reads
         last = int(windows.locate(np.array([end - 1]))[0, 0])  # epoch
         memory = tracemalloc.get_traced_memory()[0]

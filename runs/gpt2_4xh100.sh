@@ -23,7 +23,7 @@ run=log/$preset
 
 pip install -r requirements.txt
 python prepare.py fineweb-edu --sample 10BT --out "$data"
-python audit.py "$data" --world_size "$gpus"
+python audit.py "$data" --preset "$preset" --world_size "$gpus"
 
 # Mistakes end here: in the loop below torchrun's exit status does not tell them from a crash.
 python train_gpt2.py "$preset" --data_root "$data" --dry_run True

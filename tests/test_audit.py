@@ -14,6 +14,7 @@ from test_shards import DATA_ORDERS, open_windows
 
 import shards
 from audit import Audit, times_seen
+from config import preset
 from runtime.command_line import parse
 
 # 480 windows of at most 186 per epoch: 2.6 epochs
@@ -56,6 +57,25 @@ def test_audit_of_good_shards(tmp_path, capsys, data_order):
     most = cells(table, "a process, most")
     assert float(least[3][:-1]) <= 25 <= float(most[3][:-1]) < 28
     assert most[4] == "0.0000%"
+
+
+@pytest.mark.parametrize("name", ["shakespeare", "gpt2-periodicity-fix", "gpt2-rope-t2048"])
+def test_the_run_is_that_of_a_preset(tmp_path, capsys, name):
+    """Its order, T and batch, and its length in epochs; options replace them."""
+    cfg = preset(name)
+    folder = write_shards(tmp_path, {"train": [500_000], "val": [3000]})
+    batch = dict(total_batch=2 * cfg.T, B=1)
+    for changes in (batch, batch | {"max_steps": 7}):
+        with pytest.raises(SystemExit) as e:
+            Audit(str(folder), preset=name, **changes).run()
+        assert not e.value.code
+        steps = changes.get("max_steps", cfg.max_steps)
+        if cfg.epochs and "max_steps" not in changes:
+            steps = open_windows(folder, cfg.T, cfg.data_order, cfg.data_seed).in_epochs(4) // 2
+        run_line = f"run: {steps:,} steps, {2 * steps:,} windows, "
+        end = f" epochs, {cfg.data_order} order, seed {cfg.data_seed}"
+        line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("run: "))
+        assert line.startswith(run_line) and line.endswith(end), line
 
 
 def test_audit_does_not_depend_on_the_layout(tmp_path, capsys):
