@@ -9,9 +9,10 @@
 # Disk: 20 GB of shards, 5 GB more while they are made, 6 GB of checkpoints (computed).
 #
 # After an interruption the same command continues where it was, in preparation and in training.
-# Another preset, directory of shards or number of GPUs:
-#     PRESET=gpt2-baseline DATA=/disk/fineweb-edu-10BT GPUS=8 bash runs/gpt2_4xh100.sh
-# On a GPU without peer-to-peer copies, or when NCCL hangs: NCCL_P2P_DISABLE=1 in front.
+# Start it in tmux: torchrun stops when its terminal closes, even under nohup.
+# Another preset, name of the run, directory of shards or number of GPUs:
+#     PRESET=gpt2-baseline RUN=second DATA=/disk/fineweb-edu-10BT GPUS=8 bash runs/gpt2_4xh100.sh
+# When NCCL hangs: notes/running.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 trap 'exit 130' INT # Ctrl-C ends this script, too: the run stops with a checkpoint
@@ -19,29 +20,38 @@ trap 'exit 130' INT # Ctrl-C ends this script, too: the run stops with a checkpo
 preset=${PRESET:-gpt2-rope}
 data=${DATA:-data/fineweb-edu-10BT}
 gpus=${GPUS:-4}
-run=log/$preset
+name=${RUN:-$preset}
+run=log/$name
 
 pip install -r requirements.txt
 python prepare.py fineweb-edu --sample 10BT --out "$data"
 python audit.py "$data" --preset "$preset" --world_size "$gpus"
 
+launch=(torchrun --standalone --nproc_per_node="$gpus" train_gpt2.py "$preset"
+    --run_name "$name" --data_root "$data" --device cuda)
+
 # Mistakes end here: in the loop below torchrun's exit status does not tell them from a crash.
-python train_gpt2.py "$preset" --data_root "$data" --dry_run True
+"${launch[@]}" --dry_run True
 
 # The exit status does not tell whether the run is finished, either; finished.json does.
-launches=0
+launches=0 # in a row without a new checkpoint
+newest=
 rm -f "$run/diverged.json" # of an earlier launch
 until [ -e "$run/finished.json" ]; do
     if [ -e "$run/diverged.json" ]; then
         exit 3 # to NaN; another launch would end the same
     fi
-    launches=$((launches + 1))
-    if [ "$launches" -gt 100 ]; then
-        echo "error: not finished after 100 launches; hint: the messages above" >&2
+    checkpoints=("$run"/ckpt/step_*)
+    if [ "${checkpoints[-1]}" != "$newest" ]; then
+        newest=${checkpoints[-1]}
+        launches=0
+    fi
+    if [ "$launches" -ge 3 ]; then
+        echo "error: 3 launches in a row without a new checkpoint; hint: the messages above" >&2
         exit 1
     fi
-    torchrun --standalone --nproc_per_node="$gpus" train_gpt2.py "$preset" --data_root "$data" ||
-        sleep 10
+    launches=$((launches + 1))
+    "${launch[@]}" || sleep 10
 done
 
 python hellaswag.py --model "$run" --out "$run/hellaswag.json"

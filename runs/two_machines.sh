@@ -23,22 +23,29 @@ trap 'exit 130' INT # Ctrl-C ends this script, too: the run stops with a checkpo
 preset=${PRESET:-gpt2-rope}
 
 # Mistakes end here: in the loop below torchrun's exit status does not tell them from a crash.
-python train_gpt2.py "$preset" --B 32 "$@" --dry_run True
+python train_gpt2.py "$preset" --B 32 --device cuda "$@" --dry_run True
 
 # A machine that lost the other one starts again and waits for it. torchrun's exit status is 0
 # only when all processes are done; its messages tell theirs.
-launches=0
+launches=0 # in a row without a new checkpoint
+progress=" | saved "
+if [ "$NODE_RANK" != 0 ]; then
+    progress="exitcode" # this machine saves none: that the first one was there must do
+fi
 messages=$(mktemp)
 trap 'rm -f "$messages"' EXIT
 until torchrun --nnodes=2 --nproc_per_node="${GPUS:-8}" --node_rank="$NODE_RANK" \
     --master_addr="$MASTER_ADDR" --master_port="${MASTER_PORT:-29500}" \
-    train_gpt2.py "$preset" --B 32 "$@" 2>&1 | tee -i "$messages"; do
+    train_gpt2.py "$preset" --B 32 --device cuda "$@" 2>&1 | tee -i "$messages"; do
     if grep -q "exitcode *: 3 " "$messages"; then
         exit 3 # to NaN; another launch would end the same
     fi
     launches=$((launches + 1))
-    if [ "$launches" -ge 100 ]; then
-        echo "error: not finished after 100 launches; hint: the messages above" >&2
+    if grep -q "$progress" "$messages"; then
+        launches=0
+    fi
+    if [ "$launches" -ge 3 ]; then
+        echo "error: 3 launches in a row without a new checkpoint; hint: the messages above" >&2
         exit 1
     fi
     sleep 10

@@ -125,12 +125,47 @@ def test_gpt2_4xh100(tmp_path, calls):
 
 
 def test_gpt2_4xh100_ends_at_a_mistake(tmp_path):
-    """The dry run, before the loop, ends the script: it does not try a hundred times."""
+    """The dry run, before the loop, ends the script, also at one that only several ranks make."""
+    data = write_shards(tmp_path / "data", {"train": [6000], "val": [2000]})
     options = {"train_gpt2.py": SMALL, "prepare.py": ["--help"], "audit.py": ["--help"]}
-    env = replace_programs(tmp_path / "bin", options) | {"DATA": str(tmp_path), "GPUS": "1"}
+    env = replace_programs(tmp_path / "bin", options) | {"DATA": str(data), "GPUS": "3"}
     done = bash("gpt2_4xh100.sh", cwd=repository(tmp_path / "clone"), env=env)
-    assert done.returncode == 2
-    assert "error: " in done.stderr and "hint: " in done.stderr
+    assert done.returncode == 1
+    assert "error: total_batch 512 is not a multiple of B x T x processes" in done.stderr
+    assert done.stderr.count("ChildFailedError:") == 1 and "launches" not in done.stderr
+
+
+LAUNCHES = """
+case "$*" in *--dry_run*) exit ;; esac
+echo "$@" >> launches
+n=$(wc -l < launches)
+if [ "$n" -le 2 ]; then echo "  exitcode  : 1 (pid: 7)"; fi
+if [ "$n" = 2 ]; then
+    mkdir -p log/mine/ckpt/step_000250
+    echo "step 250 | saved log/mine/ckpt/step_000250 | 1.0 s"
+fi
+exit 1
+"""
+
+
+@pytest.mark.parametrize(
+    "script, node", [("gpt2_4xh100.sh", 0), ("two_machines.sh", 0), ("two_machines.sh", 1)]
+)
+def test_launches_end_without_progress(tmp_path, script, node):
+    """After three in a row: each may cost ten minutes of several GPUs. Here the second saves."""
+    helps = dict.fromkeys(("train_gpt2.py", "prepare.py", "audit.py"), ["--help"])
+    env = replace_programs(tmp_path / "bin", helps, torchrun=LAUNCHES, sleep=":")
+    env |= {"RUN": "mine", "NODE_RANK": str(node), "MASTER_ADDR": "127.0.0.1"}
+    clone = repository(tmp_path / "clone")
+    done = bash(script, cwd=clone, env=env)
+    assert done.returncode == 1
+    assert (
+        done.stderr
+        == "error: 3 launches in a row without a new checkpoint; hint: the messages above\n"
+    )
+    launches = (clone / "launches").read_text().splitlines()
+    assert len(launches) == 5
+    assert all("--run_name mine" in line for line in launches) == (script == "gpt2_4xh100.sh")
 
 
 @pytest.mark.slow
