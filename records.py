@@ -391,6 +391,7 @@ def find_checkpoint(cfg: TrainConfig) -> Checkpoint | None:
     when checkpoints that were written are gone.
     """
     started_before = refuse_to_mix(cfg)
+    refuse_to_diverge_again(cfg)
     newest = None
     if cfg.resume != "never":
         newest = newest_checkpoint(cfg)
@@ -478,6 +479,19 @@ def refuse_to_mix(cfg: TrainConfig) -> bool:
             f"hint: another --ckpt_dir, or --resume {others[-1]}"
         )
     return bool(stored)
+
+
+def refuse_to_diverge_again(cfg: TrainConfig):
+    """Raise UserError when torchrun itself (--max-restarts) restarts a run that has diverged.
+
+    The same command given again is another matter: something may have been mended.
+    """
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restarts != "0" and (cfg.run_dir / "diverged.json").exists():
+        raise UserError(
+            f"{cfg.run_dir} has diverged, restart {restarts} by torchrun would end the same; "
+            f"hint: {cfg.run_dir / 'diverged.json'} says how"
+        )
 
 
 def refuse_other_run(cfg: TrainConfig, saved: Checkpoint):

@@ -1188,6 +1188,18 @@ def test_an_update_that_makes_nan_ends_the_run(train, tmp_path, changes, words):
     assert "NaN" not in (tmp_path / "r" / "metrics.jsonl").read_text()
 
 
+def test_torchruns_restart_does_not_repeat_a_run_that_has_diverged(train, tmp_path, monkeypatch):
+    """By itself; a person who gives the same command again may have mended something."""
+    diverging = ("r", "--warmup_steps 0", "--max_lr 1e20 --min_lr 0")
+    for _ in range(2):
+        with pytest.raises(Diverged):
+            train(*diverging)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(UserError, match="has diverged, restart 1 by torchrun would end the same"):
+        train(*diverging)
+    assert (tmp_path / "r" / "diverged.json").exists()
+
+
 POISONED = """
 import os, sys
 sys.path[:0] = [{tests!r}, {root!r}]
