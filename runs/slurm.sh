@@ -32,11 +32,13 @@ OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export MASTER_ADDR MASTER_PORT WORLD_SIZE OMP_NUM_THREADS
 
 crashes=0
-until [ -e "log/$preset/finished.json" ]; do
+while true; do
     status=0
+    # from Slurm 22.05 on srun does not always get the batch's --cpus-per-task
     # shellcheck disable=SC2016  # the task's shell expands these
-    srun bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python train_gpt2.py "$@"' \
-        train "$preset" "$@" || status=$?
+    srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-8}" \
+        bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python train_gpt2.py "$@"' \
+        train "$preset" --device cuda "$@" || status=$?
     case $status in
     0)
         exit 0

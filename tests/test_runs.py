@@ -185,6 +185,8 @@ def test_gpt2_4xh100_ends_when_the_run_diverges(tmp_path):
 
 
 SRUN = """
+[ "$1" = --cpus-per-task=8 ] || exit 9
+shift
 for i in $(seq 0 $((SLURM_NTASKS - 1))); do
     SLURM_PROCID=$i SLURM_LOCALID=$i "$@" &
     tasks+=($!)
@@ -213,7 +215,10 @@ fi
 
 @pytest.mark.slow
 def test_slurm(tmp_path):
-    """SIGUSR1: a checkpoint, and the job is queued again; then it finishes. A mistake ends it."""
+    """SIGUSR1: a checkpoint, and the job is queued again; then it finishes.
+
+    A mistake ends it, also in a second run beside one that has finished.
+    """
     clone = repository(tmp_path / "clone")
     data = write_shards(tmp_path / "data", {"train": [6000, 4000], "val": [2000]})
     options = {"train_gpt2.py": [*SMALL, "--max_steps", 40, "--data_root", data]}
@@ -233,11 +238,10 @@ def test_slurm(tmp_path):
     assert steps_of(run_dir) == list(range(1, 41))
     assert (clone / "requeued").read_text().count("requeue") == 1
 
-    shutil.rmtree(run_dir)
     options["train_gpt2.py"] += ["--B", 0]
     programs = replace_programs(tmp_path / "bin2", options, srun=SRUN, scontrol=SCONTROL)
     env["PATH"] = programs["PATH"]
-    mistake = bash("slurm.sh", cwd=clone, env=env)
+    mistake = bash("slurm.sh", "--run_name", "second", cwd=clone, env=env)
     assert mistake.returncode == 2 and mistake.stderr.count("error: B is 0") == 1
 
 
