@@ -15,7 +15,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -239,14 +239,27 @@ def from_pretrained(name_or_folder: str) -> GPT:
     folder = find_folder(name_or_folder)
     config = read_config(folder)
     check_vocabulary(folder, config)
-    paths = weight_files(folder)
+    weights = read_weights(folder)
+    head = weights.pop("lm_head.weight", None)
+    headers = {k: Header(tuple(w.shape), FLOATS.get(w.dtype, w.dtype)) for k, w in weights.items()}
     hint = "hint: take both files from one GPT2LMHeadModel.save_pretrained"
-    headers = our_names(read_headers(paths), lambda shape: shape[::-1])
-    head = headers.pop("lm_head.weight", None)
-    if head not in (None, headers.get("wte.weight")):
-        raise untied(folder)
     model = shape_only(config, headers, f"{folder}: config.json", hint)
-    return fill(model, read_weights(folder, paths), str(folder))
+    wte = weights["wte.weight"]
+    if head is not None and not (head.dtype == wte.dtype and torch.equal(head, wte)):
+        raise UserError(
+            f"the lm_head.weight in {folder} differs from its wte.weight, expected one matrix for "
+            f"both; hint: {', '.join(REVISIONS)} have a tied head"
+        )
+    # copies: load_file memory-maps, and reading a file that shrank is a crash
+    weights = {key: torch.empty(w.shape).copy_(w) for key, w in weights.items()}
+    bad = [key for key, w in weights.items() if not torch.isfinite(w).all()]
+    if bad:
+        raise UserError(
+            f"{folder} has NaN or infinite weights ({bad[0]}, {len(bad)} of {len(weights)}); "
+            "hint: another copy"
+        )
+    model.load_state_dict(weights, assign=True)
+    return model
 
 
 def find_folder(name_or_folder: str) -> Path:
@@ -370,11 +383,11 @@ def read_config(folder: Path) -> GPTConfig:
 
 
 # --------------------------------------------------------------------------------------------------
-# safetensors: headers first, so that nothing is built that the files do not hold
+# safetensors: shapes first, so that nothing is built that the files do not hold
 
 
 # types of weights that load into a model
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -397,43 +410,25 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(folder / name for name in names)
 
 
-def read_headers(paths: list[Path]) -> dict[str, Header]:
-    """Return the headers of a folder's files as one. Raises UserError for what is none."""
-    headers = {}
-    for path in paths:
-        with reading(path):
-            headers |= checkpoint.read_header(path)
-    return headers
-
-
-@contextmanager
-def reading(path: Path):
-    """Raise a UserError for what goes wrong inside the block, where a safetensors file is read."""
-    try:
-        if not path.is_file():  # a pipe would never end
-            raise FileNotFoundError("no regular file")
-        yield
-    except (SafetensorError, OSError) as e:
-        raise UserError(
-            f"{path} cannot be read ({one_line(e)}); hint: copy it again; a checkpoint: an older "
-            "one; or write it anew: GPT2LMHeadModel.from_pretrained(OLD).save_pretrained(NEW)"
-        ) from e
-
-
-def our_names(theirs: dict, transposed: Callable) -> dict:
-    """Return what is known of weights under model.py's names, turned where Conv1D is."""
-    ours = {}
-    for key, content in theirs.items():
-        key = key.removeprefix("transformer.")
-        if key.endswith((".attn.bias", ".attn.masked_bias")):
-            continue  # the causal mask, which older files store
-        if key.endswith(TRANSPOSED):
-            if isinstance(content, Header):
-                content = content._replace(shape=transposed(content.shape))
-            else:
-                content = transposed(content)
-        ours[key] = content
-    return ours
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Return what a folder's files hold under model.py's names, memory-mapped, Conv1D turned."""
+    weights = {}
+    for path in weight_files(folder):
+        try:
+            if not path.is_file():  # a pipe would never end
+                raise FileNotFoundError("no regular file")
+            stored = load_file(path)
+        except (SafetensorError, OSError, RuntimeError) as e:
+            raise UserError(
+                f"{path} cannot be read ({one_line(e)}); hint: copy it again, or write it anew: "
+                "GPT2LMHeadModel.from_pretrained(OLD).save_pretrained(NEW)"
+            ) from e
+        for key, w in stored.items():
+            key = key.removeprefix("transformer.")
+            # older files store the causal mask
+            if not key.endswith((".attn.bias", ".attn.masked_bias")):
+                weights[key] = w.t() if key.endswith(TRANSPOSED) and w.dim() == 2 else w
+    return weights
 
 
 def shape_only(config: GPTConfig, headers: dict[str, Header], source: str, hint: str) -> GPT:
@@ -454,50 +449,12 @@ def shape_only(config: GPTConfig, headers: dict[str, Header], source: str, hint:
         shape = headers[key].shape if key in headers else "missing"
         if shape != expected.get(key):
             wrong.append(f"{key} {shape}, expected {expected.get(key, 'no such weight')}")
-        elif headers[key].dtype not in FLOATS:
-            wrong.append(f"{key} {headers[key].dtype}, expected {' or '.join(FLOATS)}")
+        elif headers[key].dtype not in FLOATS.values():
+            wrong.append(f"{key} {headers[key].dtype}, expected {' or '.join(FLOATS.values())}")
     if wrong:
         raise UserError(
             f"{source} does not fit the weights: {'; '.join(wrong[:3])} ({len(wrong)} such); {hint}"
         )
-    return model
-
-
-def read_weights(folder: Path, paths: list[Path]) -> dict[str, torch.Tensor]:
-    """Return the weights of a Hugging Face GPT-2 under model.py's names, float32."""
-    stored = {}
-    for path in paths:
-        with reading(path):
-            stored |= load_file(path)
-    stored = our_names(stored, torch.t)
-    head = stored.pop("lm_head.weight", None)
-    if head is not None and not torch.equal(head, stored["wte.weight"]):
-        raise untied(folder)
-    return {key: copied(w) for key, w in stored.items()}
-
-
-def untied(folder: Path) -> UserError:
-    """Return the error for a head that is a matrix of its own."""
-    return UserError(
-        f"the lm_head.weight in {folder} differs from its wte.weight, expected one matrix for "
-        f"both; hint: {', '.join(REVISIONS)} have a tied head"
-    )
-
-
-def copied(w: torch.Tensor) -> torch.Tensor:
-    """Return a float32 copy: load_file memory-maps, and reading a file that shrank is a crash."""
-    return torch.empty(w.shape).copy_(w)
-
-
-def fill(model: GPT, weights: dict[str, torch.Tensor], source: str) -> GPT:
-    """Give a model its weights. Raises UserError when some are NaN or infinite."""
-    bad = [key for key, w in weights.items() if not torch.isfinite(w).all()]
-    if bad:
-        raise UserError(
-            f"{source} has NaN or infinite weights ({bad[0]}, {len(bad)} of {len(weights)}); "
-            "hint: an older checkpoint, or another copy"
-        )
-    model.load_state_dict(weights, assign=True)
     return model
 
 

@@ -507,6 +507,15 @@ def test_truncated_weights(copied, size):
     assert str(path) in refusal(copied)
 
 
+def test_weights_beyond_all_memory(copied):
+    """A sparse file of 1 TB: where mapping it fails, that is one line."""
+    header = json.dumps({"x": dict(dtype="F32", shape=[2**38], data_offsets=[0, 2**40])}).encode()
+    path = copied / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(path, 8 + len(header) + 2**40)
+    assert str(copied) in refusal(copied)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", "[" * 100_000, "\xff"])
 def test_damaged_config(copied, text):
     (copied / "config.json").write_text(text)
