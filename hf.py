@@ -38,14 +38,13 @@ from runtime.command_line import (
     run_script,
     say,
 )
-from runtime.files import atomic, remedy
+from runtime.files import atomic, read_json, remedy
 from runtime.runlog import read_metrics
 from tokenizer import (
     EOT,
     N_VOCAB,
     added_tokens,
     hugging_face_files,
-    read_json,
     tokenizer_difference,
 )
 

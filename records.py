@@ -24,7 +24,7 @@ from runtime import checkpoint
 from runtime.checkpoint import Checkpoint
 from runtime.command_line import UserError, one_line, say
 from runtime.device import attention_backend, autocast_dtype
-from runtime.files import make_directory, remedy, write_json
+from runtime.files import make_directory, read_json, remedy, write_json
 from runtime.meter import Meter, duration
 from runtime.runlog import (
     WANDB_END_SECONDS,
@@ -593,7 +593,7 @@ def finished_loss(cfg: TrainConfig) -> float | None:
     finished.json is written last, after the last checkpoint and evaluation.
     """
     try:
-        finished = json.loads((Path(cfg.run_dir) / "finished.json").read_text())
+        finished = read_json(cfg.run_dir / "finished.json")
         return finished["val_loss"] if finished["step"] == cfg.max_steps else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None

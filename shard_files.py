@@ -10,7 +10,6 @@ import errno
 import hashlib
 import io
 import itertools
-import json
 import math
 import os
 import re
@@ -25,14 +24,13 @@ from typing import NamedTuple
 import numpy as np
 
 from runtime.command_line import UserError, one_line, printable
-from runtime.files import atomic, remedy, write_json
+from runtime.files import atomic, read_json, remedy, write_json
 from tokenizer import EOT
 
 MANIFEST_FORMAT = 1  # of manifest.json
 BIN_MAGIC = 20240520  # llm.c's
 BIN_HEADER = 1024  # bytes: 256 int32
 LONGEST_HEADER = 1_000  # bytes in that of a .npy; numpy's have 118
-LARGEST_MANIFEST = 100_000_000  # bytes; FineWeb-Edu 350BT has 3,500 shards, 1 MB
 NO_BIN_HEADER = "its header is not llm.c's (magic 20240520, version 1)"
 RESTORE_HINT = "hint: restore the shard, then run the same command to resume"
 VERIFY_FIRST = 1 << 28  # tokens, 0.5 GB, that are compared with manifest.json before training
@@ -223,12 +221,7 @@ def read_manifest(root: str | Path) -> dict:
     if not path.exists():
         return {}
     try:
-        if not path.is_file():
-            raise ValueError("it is no regular file")
-        size = path.stat().st_size
-        if size > LARGEST_MANIFEST:
-            raise ValueError(f"it has {size:,} bytes, expected {LARGEST_MANIFEST:,} at most")
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
         for shard in manifest["shards"]:
             check_entry(shard)
         moving = manifest.get("moving", [])  # files that prepare.py has not yet all in place
@@ -236,7 +229,7 @@ def read_manifest(root: str | Path) -> dict:
             raise ValueError(f"moving is {moving!r:.80}, expected a list")
         if manifest["tokenizer"] != "gpt2":
             raise ValueError(f"tokenizer {manifest['tokenizer']!r}, expected 'gpt2'")
-    except (ValueError, KeyError, TypeError, OSError, RecursionError) as e:
+    except (ValueError, KeyError, TypeError, OSError) as e:
         raise UserError(f"{path}: {one_line(e)}; hint: prepare these shards again") from e
     return manifest
 

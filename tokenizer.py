@@ -14,6 +14,7 @@ import numpy as np
 import tiktoken
 
 from runtime.command_line import UserError, one_line
+from runtime.files import read_json, read_text
 
 EOT = 50256  # <|endoftext|>: stands before each document, and is the only special token
 N_VOCAB = 50257  # ids that exist; the model's vocab_size is padded beyond it
@@ -117,26 +118,6 @@ def hugging_face_vocab() -> dict[str, int]:
 def merge_lines() -> list[str]:
     """Return the merges, "a b", in their order; the first line of vocab.bpe is a comment."""
     return VOCAB_BPE.read_text(encoding="utf-8").splitlines()[1:]
-
-
-def read_text(path: Path, largest: int = 100_000_000) -> str:
-    """Return the content of a text file that may come from anywhere.
-
-    Raises ValueError or OSError, also for what is no regular file, and for one of more bytes.
-    """
-    if not path.is_file():  # a pipe or a device would never end
-        raise FileNotFoundError(f"{path} is no regular file")
-    if path.stat().st_size > largest:
-        raise ValueError(f"{path.stat().st_size:,} bytes, expected at most {largest:,}")
-    return path.read_text(encoding="utf-8")
-
-
-def read_json(path: Path):
-    """Return the content of a JSON file that may come from anywhere. Raises as read_text()."""
-    try:
-        return json.loads(read_text(path))
-    except RecursionError as e:
-        raise ValueError("nested too deeply") from e
 
 
 # Files of other kinds of tokenizers.

@@ -32,7 +32,16 @@ from safetensors.torch import load_file, save_file
 
 from runtime.command_line import UserError, one_line, say
 from runtime.device import worker_thread
-from runtime.files import atomic, fsync, make_directory, remedy, remove, sha256
+from runtime.files import (
+    atomic,
+    fsync,
+    make_directory,
+    read_json,
+    regular_file,
+    remedy,
+    remove,
+    sha256,
+)
 from runtime.lock import Lock
 from runtime.runlog import RunLog
 from runtime.world import on_rank0
@@ -43,9 +52,6 @@ T = TypeVar("T")
 
 # bytes at which each copy of a tensor begins, a cache line
 ALIGNMENT = 64
-
-# bytes above which a state.json is not read: one has thousands, 20 MB with lines of the log
-LARGEST_STATE = 100_000_000
 
 # seconds after which a file that could not be read is tried again: network disks recover
 READ_AGAIN = (0.5, 2.0)
@@ -462,7 +468,7 @@ def read(path: Path) -> Checkpoint:
 def read_once(path: Path) -> Checkpoint:
     """Read a checkpoint's state and check its files. Raises UserError, OSError for another try."""
     try:
-        state = read_state(path)
+        state = read_json(path / "state.json")
         if state["format"] != FORMAT:
             raise UserError(
                 f"{path} has checkpoint format {state['format']!r:.40}, expected {FORMAT}; "
@@ -493,22 +499,6 @@ def read_once(path: Path) -> Checkpoint:
             f"{path} is not a whole checkpoint ({one_line(e)}); hint: --resume an older one"
         ) from e
     return Checkpoint(path, state)
-
-
-def read_state(path: Path) -> dict:
-    """Return a checkpoint's state.json. Raises ValueError for one that is too large to be one."""
-    file = regular_file(path / "state.json")
-    size = file.stat().st_size
-    if size > LARGEST_STATE:
-        raise ValueError(f"state.json has {size:,} bytes, expected at most {LARGEST_STATE:,}")
-    return json.loads(file.read_text())
-
-
-def regular_file(path: Path) -> Path:
-    """Return the path. Raises ValueError for a pipe or a device: reading one may never end."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise ValueError(f"{path} is not a regular file")
-    return path
 
 
 def steps(ckpt_dir: Path) -> list[Path]:
@@ -614,8 +604,8 @@ def of_wrong_data(ckpt_dir: Path) -> list[Path]:
 def time_saved(path: Path) -> float:
     """Return when the state of a checkpoint was taken, as time.time()."""
     try:
-        return float(read_state(path)["time"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return float(read_json(path / "state.json")["time"])
+    except (OSError, ValueError, KeyError, TypeError):
         return path.stat().st_mtime  # a damaged one, or one of an older version
 
 

@@ -100,6 +100,32 @@ def write_json(path: Path, content: dict):
         temporary.write_text(json.dumps(content, indent=1))
 
 
+def regular_file(path: Path) -> Path:
+    """Return the path. Raises ValueError for a pipe or a device: reading one may never end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError(f"{path} is no regular file")
+    return path
+
+
+def read_text(path: Path, largest: int = 100_000_000) -> str:
+    """Return the content of a text file that may come from anywhere.
+
+    Raises OSError, and ValueError for more bytes, no UTF-8, and what is no regular file.
+    """
+    size = regular_file(path).stat().st_size
+    if size > largest:
+        raise ValueError(f"{path.name} has {size:,} bytes, expected at most {largest:,}")
+    return path.read_text(encoding="utf-8")
+
+
+def read_json(path: Path):
+    """Return the content of a JSON file that may come from anywhere. Raises as read_text()."""
+    try:
+        return json.loads(read_text(path))
+    except RecursionError as e:
+        raise ValueError("nested too deeply") from e
+
+
 def sha256(path: str | Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal digits."""
     with open(path, "rb") as f:
