@@ -30,7 +30,6 @@ from tokenizer import EOT
 MANIFEST_FORMAT = 1  # of manifest.json
 BIN_MAGIC = 20240520  # llm.c's
 BIN_HEADER = 1024  # bytes: 256 int32
-LONGEST_HEADER = 1_000  # bytes in that of a .npy; numpy's have 118
 NO_BIN_HEADER = "its header is not llm.c's (magic 20240520, version 1)"
 RESTORE_HINT = "hint: restore the shard, then run the same command to resume"
 VERIFY_FIRST = 1 << 28  # tokens, 0.5 GB, that are compared with manifest.json before training
@@ -106,19 +105,10 @@ def read_bin_header(f) -> tuple[int, int]:
 def read_npy_header(f) -> tuple[int, int]:
     """Return where the ids of a .npy file begin, and how many there are. Raises ValueError."""
     version = np.lib.format.read_magic(f)
-    readers = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }
-    if version not in readers:
-        raise ValueError(f"its .npy version is {version}, expected (1, 0) or (2, 0)")
-    start = f.tell()
-    length = int.from_bytes(f.read(2 * version[0]), "little")
-    if length > LONGEST_HEADER:
-        raise ValueError(f"its header has {length:,} bytes, expected {LONGEST_HEADER:,} at most")
-    f.seek(start)
+    if version != (1, 0):  # which np.save writes for numbers; its header has 64 KB at most
+        raise ValueError(f"its .npy version is {version}, expected (1, 0)")
     try:
-        shape, _, dtype = readers[version](f)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(f)
     except HEADER_ERRORS as e:
         raise ValueError(f"its header is not numpy's ({one_line(e)})") from e
     if dtype != np.uint16 or len(shape) != 1:
