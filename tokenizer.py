@@ -5,6 +5,7 @@ python -c "import tokenizer; print(tokenizer.gpt2().encode('Hello, world'))"
 
 import functools
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -129,31 +130,29 @@ def tokenizer_difference(folder: Path) -> str:
 
     Tokens added behind GPT-2's are no difference, nor is a folder without a tokenizer.
     """
-    foreign = [name for name in FOREIGN_FILES if (folder / name).exists()]
-    if foreign:
-        return f"it is in {foreign[0]}"
+    for name in FOREIGN_FILES:
+        if (folder / name).exists():
+            return f"it is in {name}"
     for name in ("vocab.json", "merges.txt", "tokenizer.json"):
         path = folder / name
         if not path.exists():
             continue
+        vocab, merges = hugging_face_vocab(), merge_lines()
         try:
-            difference = ""
-            if name == "merges.txt":
-                lines = [line for line in read_text(path).split("\n") if line.strip()]
-                merges = lines[1:] if lines[0].startswith("#version") else lines
-                difference = merges_difference(merges)
-            elif name == "vocab.json":
-                difference = vocab_difference(read_json(path))
+            if name == "vocab.json":
+                vocab = read_json(path)
+            elif name == "merges.txt":
+                merges = [line for line in read_text(path).split("\n") if line.strip()]
+                if merges[0].startswith("#version"):
+                    merges = merges[1:]
             else:
                 content = read_json(path)
-                merges = [
-                    m if isinstance(m, str) else " ".join(m) for m in content["model"]["merges"]
-                ]
                 added = {token["content"]: token["id"] for token in content["added_tokens"]}
-                difference = vocab_difference(content["model"]["vocab"] | added)
-                difference = difference or merges_difference(merges)
+                vocab = content["model"]["vocab"] | added
+                merges = content["model"]["merges"]
                 if content.get("normalizer"):
-                    difference = "it has a normalizer"
+                    return f"{name}: it has a normalizer"
+            difference = first_difference(vocab, merges)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
             difference = one_line(e)
         if difference:
@@ -161,23 +160,19 @@ def tokenizer_difference(folder: Path) -> str:
     return ""
 
 
-def vocab_difference(theirs: dict[str, int]) -> str:
-    """Tell where a vocabulary differs from GPT-2's among the first 50,257 ids; "" for nowhere."""
+def first_difference(vocab: dict[str, int], merges: list) -> str:
+    """Tell where a vocabulary, below id 50,257, or merges differ from GPT-2's; "" for nowhere."""
     ours = hugging_face_vocab()
-    for token, i in ours.items():
-        if theirs.get(token) != i:
-            return f"{token!r} is id {theirs.get(token, 'none')}, in GPT-2's {i}"
-    more = [token for token, i in theirs.items() if token not in ours and not i >= N_VOCAB]
-    return f"{more[0]!r} is id {theirs[more[0]]}, in GPT-2's none" if more else ""
-
-
-def merges_difference(theirs: list[str]) -> str:
-    """Tell where a list of merges differs from GPT-2's; "" for nowhere."""
-    ours = merge_lines()
-    for number, (a, b) in enumerate(zip(theirs, ours), 1):
-        if a.strip() != b:
-            return f"merge {number} is {a!r}, in GPT-2's {b!r}"
-    return "" if len(theirs) == len(ours) else f"{len(theirs)} merges, GPT-2's has {len(ours)}"
+    for token in ours | vocab:
+        i = vocab.get(token)
+        if i != ours.get(token) and (token in ours or i < N_VOCAB):
+            return f"{token!r} is id {i}, in GPT-2's {ours.get(token)}"
+    for n, (a, b) in enumerate(itertools.zip_longest(merges, merge_lines()), 1):
+        if isinstance(a, list):
+            a = " ".join(a)
+        if (a or "").strip() != b:
+            return f"merge {n} is {a!r}, in GPT-2's {b!r}"
+    return ""
 
 
 def added_tokens(folder: Path) -> dict[str, int]:
