@@ -19,7 +19,6 @@ of documents. A longer .txt is read in pieces, several times.
 
 import collections
 import contextlib
-import errno
 import fcntl
 import itertools
 import os
@@ -51,7 +50,7 @@ from documents import (
     wrong_files,
 )
 from runtime.command_line import PathText, UserError, one_line, parse_command, run_script, say
-from runtime.files import fsync, remove, sha256
+from runtime.files import REMEDIES, error_number, fsync, remedy, remove, sha256
 from shard_files import (
     ShardWriter,
     is_plain,
@@ -290,20 +289,12 @@ def may_pass(e: BaseException) -> bool:
 
     if isinstance(e, errors.HfHubHTTPError):
         return e.response.status_code in (408, 425, 429) or e.response.status_code >= 500
-    if isinstance(e, errors.OfflineModeIsEnabled) or is_about_disk(e):
+    if isinstance(e, errors.OfflineModeIsEnabled) or error_number(e) in REMEDIES:
         return False
     # HTTPError is that of the library that huggingface_hub uses: httpx2 in 2.4.0. hf_xet raises
     # RuntimeError for all its connections; PermissionError and FileNotFoundError for refusals.
     lasting = (PermissionError, FileNotFoundError)
     return isinstance(e, errors.HTTPError | OSError | RuntimeError) and not isinstance(e, lasting)
-
-
-def is_about_disk(e: BaseException) -> bool:
-    """Tell whether an error is one of the disk; hf_xet gives it as text alone."""
-    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO)
-    if getattr(e, "errno", None) in numbers:
-        return True
-    return isinstance(e, RuntimeError) and any(os.strerror(n) in str(e) for n in numbers)
 
 
 def hub_hint(repository: str, e: BaseException) -> str:
@@ -325,8 +316,9 @@ def hub_hint(repository: str, e: BaseException) -> str:
             "check the name (--dataset OWNER/NAME); a private data set needs a token: "
             "`hf auth login`, or set HF_TOKEN"
         )
-    if is_about_disk(e):
-        return "make room and run this again, or --out on a disk with room"
+    if error_number(e) in REMEDIES:
+        place = getattr(e, "filename", None) or "--out"
+        return f"--out elsewhere, or {remedy(e, place)} and run this again"
     return "check the network, then run this again: it resumes after the last whole file"
 
 
@@ -869,9 +861,7 @@ def lock(descriptor: int, out: str, wait: bool):
 
 def cannot_write(path: str, e: OSError) -> UserError:
     """Return the UserError for an OSError of writing."""
-    hint = "--out elsewhere, where files may be written"
-    if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        hint = "make room and run this again, or --out elsewhere, on a disk with room"
+    hint = f"--out elsewhere, or {remedy(e, path)}"
     return UserError(f"cannot write to {path}: {e.strerror or e}; hint: {hint}")
 
 

@@ -150,6 +150,7 @@ REMEDIES = {
     errno.EISDIR: "move away the directory that stands where a file should be",
     errno.ENAMETOOLONG: "a shorter name",
     errno.ENOENT: "is {path} still mounted?",
+    errno.EIO: "look after the disk of {path} (dmesg)",
 }
 
 

@@ -958,7 +958,10 @@ def test_a_full_disk_is_reported_and_what_is_done_stays_done(larger, processes, 
     process.start()
     process.join(60)
     (message,) = (tmp_path / "out.stderr").read_text().splitlines()
-    assert process.exitcode == 2 and "out: File too large; hint: make room" in message
+    assert (
+        process.exitcode == 2
+        and "out: File too large; hint: --out elsewhere, or make room" in message
+    )
     (name,) = shards_of(listing(out))
     assert [shard["file"] for shard in read_manifest(out)["shards"]] == [name]
     written = (out / name).stat().st_mtime_ns
