@@ -382,11 +382,8 @@ class Job:
                 f"hint: another --out and --shard_tokens {max(1, tokens // 10)}"
             )
         more = dict(complete=complete, dataset=asdict(self.data), commit=self.commit)
-        try:
-            os.makedirs(self.out, exist_ok=True)
-            write_manifest(self.out, records, self.sources, **more)
-        except OSError as e:
-            raise cannot_write(self.out, e) from e
+        os.makedirs(self.out, exist_ok=True)
+        write_manifest(self.out, records, self.sources, **more)
 
 
 def fineweb_edu(
@@ -705,15 +702,12 @@ def tokenize_input(
     if bar is None:
         bar = progress(source["bytes"])
     texts = ((None, text) for text in read_documents(path, job.data.text_field, source, bar))
-    try:
-        os.makedirs(job.out, exist_ok=True)
-        writer = ShardWriter(job.out, input_shard_names(job, i), job.data.shard_tokens)
-        for _, tokens in tokenize(texts, workers):
-            writer.write(tokens)
-            source["tokens"] += len(tokens)
-        writer.close()
-    except OSError as e:
-        raise cannot_write(job.out, e) from e
+    os.makedirs(job.out, exist_ok=True)
+    writer = ShardWriter(job.out, input_shard_names(job, i), job.data.shard_tokens)
+    for _, tokens in tokenize(texts, workers):
+        writer.write(tokens)
+        source["tokens"] += len(tokens)
+    writer.close()
     source["shards"] = [record["file"] for record in writer.records]
     return i, source, writer.records
 
