@@ -226,34 +226,6 @@ def wrong_settings(shard_tokens: int, name: str) -> list[str]:
 # the Hugging Face hub
 
 
-def list_repository(repository: str, revision: str) -> tuple[str, list[dict]]:
-    """Return the commit of a data set repository that revision names, and its files.
-
-    Of each file name, bytes and SHA-256 (None for small ones).
-    """
-    info = ask_hub(
-        repository,
-        lambda hub: hub.HfApi().dataset_info(
-            repository, revision=revision, files_metadata=True, timeout=60
-        ),
-    )
-    listed = []
-    for file in info.siblings or ():
-        digest = file.lfs.sha256 if file.lfs else None
-        listed.append(dict(name=file.rfilename, bytes=file.size or 0, sha256=digest))
-    return info.sha, listed
-
-
-def download_file(repository: str, revision: str, name: str, folder: str) -> str:
-    """Download a file of a data set repository into a folder and return its path."""
-    return ask_hub(
-        repository,
-        lambda hub: hub.hf_hub_download(
-            repository, name, repo_type="dataset", revision=revision, local_dir=folder
-        ),
-    )
-
-
 def ask_hub(repository: str, request: Callable):
     """Return request(huggingface_hub). What may pass is waited out, for a quarter of an hour.
 
@@ -594,12 +566,18 @@ def list_inputs(data: Dataset, source: str = "") -> tuple[str, list[dict]]:
     if data.dataset == FINEWEB_EDU:
         revision = FINEWEB_COMMIT
         folder = f"sample/{data.sample}"
-    commit, listed = list_repository(data.dataset, data.revision or revision)
-    return commit, pick(listed, data.config or folder, data.dataset)
+    revision = data.revision or revision
+    more = dict(revision=revision, files_metadata=True, timeout=60)
+    info = ask_hub(data.dataset, lambda hub: hub.HfApi().dataset_info(data.dataset, **more))
+    listed = [
+        dict(name=f.rfilename, bytes=f.size or 0, sha256=f.lfs.sha256 if f.lfs else None)
+        for f in info.siblings or ()
+    ]
+    return info.sha, pick(listed, data.config or folder, data.dataset)
 
 
 def list_folder(folder: str) -> list[dict]:
-    """Return the .parquet files in and below a folder, as list_repository() does."""
+    """Return the .parquet files in and below a folder: name, bytes, None for the SHA-256."""
     files = []
     for path in Path(folder).rglob("*"):
         if is_parquet(path.name) and path.is_file():
@@ -679,7 +657,9 @@ def fetch(job: Job, i: int, folder: str, source: str = "") -> str:
     name = job.sources[i]["name"]
     if source:
         return os.path.join(source, name)
-    path = download_file(job.data.dataset, job.commit, name, os.path.join(folder, DOWNLOAD))
+    repository = job.data.dataset
+    more = dict(revision=job.commit, repo_type="dataset", local_dir=os.path.join(folder, DOWNLOAD))
+    path = ask_hub(repository, lambda hub: hub.hf_hub_download(repository, name, **more))
     digest = sha256(path)
     expected = job.sources[i]["sha256"]
     if expected and digest != expected:
