@@ -3,17 +3,8 @@
     python hellaswag.py --model log/gpt2-rope              the whole validation set, 10,042 items
     python hellaswag.py --model gpt2 --protocol harness --limit 1000 --out results.json
 
-gpt2 protocol: raw `ctx`; " " + ending tokenized apart. `acc` picks the ending of the smallest
-summed loss, `acc_norm` the one of the smallest mean loss per token. GPT-2 (124M) has 0.2859 and
-0.2955. What train_gpt2.py logs.
-
-harness protocol: as in lm-eval 0.4.13: activity label in front, WikiHow's artifacts removed,
-context and ending tokenized together and then split; `acc_norm` divides by the characters of the
-ending. GPT-2 (124M) has 0.2892 and 0.3114.
-
-How it is fast: a context and its four endings share a row, each ending sees only the context and
-itself; several items fill a row of fixed length, so there is one shape; logits are computed only
-where an ending is scored.
+Protocols: gpt2 (raw context, mean loss per token; what train_gpt2.py logs) and harness (as lm-eval
+0.4.13). notes/hellaswag.md compares them, and says why packed rows are fast.
 """
 
 import gzip

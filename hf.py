@@ -3,12 +3,8 @@
     python hf.py import gpt2 log/gpt2            OpenAI's weights, or a folder's, as a run directory
     python hf.py export log/gpt2-rope my-gpt2    a run or a checkpoint for AutoModelForCausalLM
 
-Exported are, without `transformers` being needed here,
-    learned positions  as GPT2LMHeadModel
-    RoPE               as Starcoder2ForCausalLM: GPT-2 with RoPE, down to biases, tanh-GELU and tied
-                       head (GPTNeoX is as exact, but llama.cpp opens it only with an untied head)
-    modern             as NanoChatForCausalLM
-    SwiGLU             not at all: no class of transformers 5 has it with LayerNorm and biases
+Learned positions become a GPT2LMHeadModel, RoPE a Starcoder2ForCausalLM, modern a
+NanoChatForCausalLM; SwiGLU is not exported (notes/huggingface.md). `transformers` is not needed.
 """
 
 import dataclasses

@@ -5,16 +5,8 @@
     python prepare.py files my_folder 'more/*.txt' --out data/my  their files, in name order
     python prepare.py fineweb-edu --sample 10BT --out data/fineweb-edu-10BT    data of the presets
 
-A directory of shards holds NAME_train_NNNNNN.npy, NAME_val_NNNNNN.npy and manifest.json (what is in
-them, from what). Other shards are never overwritten. `shakespeare` and `files` write to a temporary
-directory and move everything into place at the end; what a killed run has left, the next one
-removes. `fineweb-edu` lists its input files in manifest.json one by one: training can start on the
-first ones, and the same command again resumes after the last whole file. A directory takes one
-prepare.py at a time.
-
-Texts are tokenized in threads of one process, one per core, because tiktoken releases the GIL. They
-are read as a stream; memory holds 0.2 GB per split, the shards that are being filled, and one block
-of documents. A longer .txt is read in pieces, several times.
+Other shards are never overwritten. `fineweb-edu` resumes after the last whole input file, and
+training can start on the first ones. notes/data.md says the rest.
 """
 
 import collections
