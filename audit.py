@@ -4,8 +4,6 @@ python audit.py data/my --preset gpt2-rope --world_size 4
 """
 
 import sys
-import time
-import tracemalloc
 from dataclasses import dataclass
 from typing import Literal
 
@@ -100,16 +98,11 @@ class Audit:
 
         epochs: the length of the run, in place of max_steps.
         """
-        tracemalloc.start()
-        started = time.perf_counter()
         windows = Windows(shards, self.T, self.data_order, self.data_seed)
         if epochs:  # as preflight.set_length()
             self.max_steps = max(1, windows.in_epochs(epochs) * self.T // self.total_batch)
         end = self.max_steps * (self.total_batch // self.T)  # windows that the run reads
         last = int(windows.locate(np.array([end - 1]))[0, 0])  # epoch
-        memory = tracemalloc.get_traced_memory()[0]
-        say(f"index: {time.perf_counter() - started:.3f} s, {memory / 1e6:.3f} MB")
-        tracemalloc.stop()
         epochs = last + (end - windows.epoch_start(last)) / windows.per_epoch(last)
         say(
             f"run: {self.max_steps:,} steps, {end:,} windows, {epochs:.3f} epochs, "
