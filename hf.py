@@ -670,11 +670,8 @@ def last_evaluation(saved: Checkpoint, cfg: dict) -> dict:
         for record in read_metrics(run_dir):
             if record.get("val/loss") is not None and record["step"] <= saved.step:
                 last = record
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(
-            f"{run_dir}/metrics.jsonl cannot be read ({one_line(e)}); "
-            "hint: without it, no figures are given"
-        ) from e
+    except OSError as e:
+        raise checkpoint.unreadable(run_dir / "metrics.jsonl", e) from e
     return last
 
 

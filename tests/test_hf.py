@@ -790,6 +790,10 @@ def test_the_card_gives_the_evaluation_of_the_checkpoint(tmp_path):
     (tmp_path / "r" / "metrics.jsonl").write_text("{\n")
     hf.export(str(tmp_path / "r"), str(tmp_path / "again"))
     assert "nats" not in (tmp_path / "again" / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "r" / "metrics.jsonl").unlink()
+    (tmp_path / "r" / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match="metrics.jsonl cannot be read .*hint: move away"):
+        hf.export(str(tmp_path / "r"), str(tmp_path / "unread"))
 
 
 def test_the_card_is_one_of_ours_whatever_the_run_is_called(tmp_path):
