@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 import hf
+import prepare
 import shards
 from config import SHAPE, TrainConfig, as_listed, as_stored, fit_warmup, shown
 from model import GPT
@@ -115,18 +116,12 @@ def refuse_missing_data(cfg: TrainConfig):
 def open_data(cfg: TrainConfig) -> Data:
     """Open the shards of both splits; the default run's are made if need be. Raises UserError."""
     if cfg.preset == "shakespeare" and cfg.data_root == as_listed("shakespeare").data_root:
-        on_rank0(lambda: prepare_shakespeare(cfg.data_root))
+        on_rank0(lambda: prepare.shakespeare(cfg.data_root))
     train, val = (open_shards(cfg.data_root, split, cfg.T) for split in ("train", "val"))
     return Data(
         shards.Windows(train, cfg.T, cfg.data_order, cfg.data_seed, cfg.vocab_size),
         shards.Windows(val, cfg.T, vocab_size=cfg.vocab_size),
     )
-
-
-def prepare_shakespeare(data_root: str):
-    import prepare
-
-    prepare.shakespeare(data_root)
 
 
 def set_length(cfg: TrainConfig, train_data: shards.Windows) -> TrainConfig:
@@ -266,17 +261,13 @@ def out_of_range(cfg: TrainConfig) -> list[str]:
         wrong.append(f"betas are {cfg.betas}, each must be in [0, 1); hint: --betas 0.9 0.95")
     if cfg.epochs is not None and not 0 < cfg.epochs < float("inf"):
         wrong.append(f"epochs is {cfg.epochs}, must be a number above 0; hint: --epochs 1")
-    size = len(cfg.run_name.encode(errors="surrogateescape"))
-    if size > LONGEST_NAME or not cfg.run_name.isprintable():
+    name = cfg.run_name
+    size = len(name.encode(errors="surrogateescape"))
+    odd = not name.isprintable() or name.isspace() or "/" in name or name in (".", "..")
+    if odd or size > LONGEST_NAME:
         wrong.append(
-            f"run_name {cfg.run_name[:40]!r} has {size} bytes, must be at most {LONGEST_NAME} "
-            "printable ones; hint: --run_name"
-        )
-    blank = cfg.run_name.isspace()
-    if blank or "/" in cfg.run_name or cfg.run_name in (".", ".."):
-        wrong.append(
-            f"run_name {cfg.run_name!r} must be a plain name; hint: --run_name {cfg.preset}-2; "
-            "--log_dir sets the place"
+            f"run_name {name[:40]!r} has {size} bytes, must be a plain name of at most "
+            f"{LONGEST_NAME}; hint: --run_name {cfg.preset}-2; --log_dir sets the place"
         )
     return wrong
 
