@@ -73,22 +73,17 @@ EXPORTED_FIELDS = set(
 )
 
 # Our names and theirs, replaced in this order once c_attn is split into q_proj, k_proj and v_proj.
-NANOCHAT = {
+RENAMED = {
     "h.": "layers.",
     "wte": "embed_tokens",
     "attn.c_proj": "attn.o_proj",
     "attn.": "self_attn.",
-    "c_fc": "fc1",
-    "mlp.c_proj": "mlp.fc2",
 }
-STARCODER2 = {
-    "h.": "layers.",
-    "wte": "embed_tokens",
+NANOCHAT = RENAMED | {"c_fc": "fc1", "mlp.c_proj": "mlp.fc2"}
+STARCODER2 = RENAMED | {
     "ln_f": "norm",
     "ln_1": "input_layernorm",
     "ln_2": "post_attention_layernorm",
-    "attn.c_proj": "attn.o_proj",
-    "attn.": "self_attn.",
 }
 
 
