@@ -10,7 +10,6 @@ NanoChatForCausalLM; SwiGLU is not exported (notes/huggingface.md). `transformer
 import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 import tyro
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from config import TrainConfig
 from model import GPT, GPTConfig
@@ -732,10 +731,7 @@ def export(run: tyro.conf.Positional[PathText], out: tyro.conf.Positional[PathTe
             note = f", fewer than GPT-2's {N_VOCAB:,}: no tokenizer with it"
         for file, text in files.items():
             (folder / file).write_text(text, encoding="utf-8")
-        path = folder / "model.safetensors"
-        save_file({k: w.contiguous() for k, w in weights.items()}, path, {"format": "pt"})
-        # safetensors writes files that only the owner may read
-        shutil.copymode(folder / "config.json", path)
+        checkpoint.save_tensors(weights, folder / "model.safetensors", {"format": "pt"})
     rows = f"{config['vocab_size']:,} rows of vocabulary"
     beyond = model.config.vocab_size - config["vocab_size"]
     if beyond:

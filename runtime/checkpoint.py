@@ -105,11 +105,11 @@ def write(ckpt_dir: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]]
     return path
 
 
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path):
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict | None = None):
     """Write a safetensors file with the permissions of any other: alone it would be private."""
     path.touch()
     mode = stat.S_IMODE(path.stat().st_mode)
-    save_file({name: t.contiguous() for name, t in tensors.items()}, path)
+    save_file({name: t.contiguous() for name, t in tensors.items()}, path, metadata)
     path.chmod(mode)
 
 

@@ -873,7 +873,7 @@ def test_what_export_and_import_refuse(tmp_path, source, monkeypatch):
         raise OSError(28, "No space left on device")
 
     for module, name, command, args in (
-        (hf, "save_file", hf.export, ("run", "out")),
+        (checkpoint, "save_file", hf.export, ("run", "out")),
         (files.os, "replace", hf.export, ("run", "out")),
         (checkpoint, "save_file", hf.import_, (str(source[0]), "out")),
     ):
