@@ -381,7 +381,9 @@ def split_documents(
             else:
                 yield (source, split), text
     if not total:
-        raise UserError(f"{names}: no documents but empty ones; hint: --text_field, or other files")
+        raise UserError(
+            f"{names}: no documents but empty ones; hint: put text there, or --text_field"
+        )
 
 
 def blocks(documents: Iterator[tuple[dict, str | LongText]]) -> Iterator[list]:

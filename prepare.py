@@ -34,7 +34,6 @@ import tokenizer
 from documents import (
     END_OF_TEXT,
     LongText,
-    cut_text,
     find_files,
     pieces,
     read_documents,
@@ -102,22 +101,10 @@ def shakespeare(out: PathText = "data/shakespeare"):
         before = os.path.exists(os.path.join(out, "manifest.json"))
         source = new_source(INPUT.name, str(INPUT))
         documents = ((source, text) for text in read_documents(str(INPUT), "", source, bar))
-        texts = cut_each(documents, 0.1, str(INPUT))
+        texts = split_documents(documents, 0.1, str(INPUT))
         records = write_shards(out, "shakespeare", sys.maxsize, texts, [source], replaceable)
     again = f"made again, of {INPUT} as it is now: " if before else ""
     say(f"{out}: {again}{summary(records)}{remarks([source])}")
-
-
-def cut_each(documents: Iterable[tuple[dict, str]], val_share: float, name: str) -> Iterator[tuple]:
-    """Yield ((source, split), text), the last val_share of each document as validation."""
-    empty = True
-    for source, text in documents:
-        empty = False
-        train, val = cut_text(text, val_share, name)
-        yield (source, "train"), train
-        yield (source, "val"), val
-    if empty:
-        raise UserError(f"{name}: no text; hint: put any UTF-8 text there")
 
 
 def is_made_of(out: str, names: list[str], digest: str) -> bool:
