@@ -4,17 +4,20 @@
     python compare.py log/a                 log/a/curves.png again
     python compare.py log/a --reference log/reference/published-gpt2-baseline     is it healthy?
 
-Runs that differ in nothing but their seeds are one group. Diverged and unfinished runs have groups
-of their own, which are not compared. The difference of two groups' means has the standard error
-se = s * sqrt(1/n1 + 1/n2), where s is the standard deviation of a run's final loss within its
-group: of these two groups if both have several runs, or else of all groups. A difference is shown
-beyond t * se, where t is Student's for 95% and the degrees of freedom (df) of s.
+Runs that differ in nothing but their seeds are one group; data are told apart by the name of their
+directory. Another run with the settings and seed of one in the group, as of edited code, belongs to
+another group, and so do diverged and unfinished runs, which are not compared. The difference of two
+means has the standard error se = s * sqrt(1/n1 + 1/n2), where s is the standard deviation of a
+run's final loss within its group: of these two groups if both have several runs, or else of all
+groups, as if all varied alike. A difference is shown beyond t * se, where t is Student's for 95%
+and the degrees of freedom (df) of s.
 """
 
 import dataclasses
 import json
 import math
 import statistics
+from collections import Counter
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +26,7 @@ import tyro
 
 from config import FREE_ON_RESUME, TrainConfig, differences
 from runtime.command_line import PathText, UserError, one_line, parse, run_script, say
+from runtime.files import read_json
 from runtime.runlog import read_metrics
 
 # Okabe and Ito 2008: distinct with any colour vision. A preset has its colour in every picture.
@@ -73,7 +77,7 @@ class LoggedRun:
     tok_s: float | None  # median of the steps
     tokens_trained: int
     unfinished: str  # "diverged", "step 5 of 20", or "" for a run that has reached its end
-    commit: str | None  # of the code, from env.json
+    commits: set[str]  # of the code, from env.json
 
     @property
     def loss(self) -> float:
@@ -148,7 +152,7 @@ def read_run(run_dir: str, x: str) -> LoggedRun:
         tok_s=statistics.median(r["tok_s"] for r in steps) if steps else None,
         tokens_trained=last_step * cfg["total_batch"],
         unfinished=unfinished,
-        commit=commit_of(run_dir),
+        commits=commits_of(run_dir),
     )
 
 
@@ -161,14 +165,18 @@ def progress(run_dir: str, cfg: dict, evaluations: list[dict], last_step: int) -
     # the published runs were last evaluated one step before max_steps
     if last["step"] >= cfg["max_steps"] - 1:
         return ""
+    if last_step == cfg["max_steps"]:
+        return "not evaluated at its end"
     return f"step {last_step:,} of {cfg['max_steps']:,}"
 
 
-def commit_of(run_dir: str) -> str | None:
+def commits_of(run_dir: str) -> set[str]:
+    """Return the commits of all parts of a run; the empty set where env.json does not tell."""
     try:
-        return json.loads(Path(run_dir, "env.json").read_text())["commit"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
+        env = read_json(Path(run_dir, "env.json"))
+        return {part["commit"] for part in [env, *env.get("earlier", [])] if part["commit"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()
 
 
 def points(records: list[dict], key: str, x: str, cfg: dict, steps: list[dict]) -> np.ndarray:
@@ -185,11 +193,14 @@ def points(records: list[dict], key: str, x: str, cfg: dict, steps: list[dict]) 
 def grouped(runs: list[LoggedRun]) -> list[RunGroup]:
     """Group the runs whose settings are the same but for seeds and what does not matter."""
     by_settings = {}
+    repeats = Counter()
     for run in runs:
-        key = json.dumps([decisive_settings(run), run.unfinished])
-        by_settings.setdefault(key, []).append(run)
+        settings = json.dumps([decisive_settings(run), run.unfinished])
+        seeds = run.cfg["seed"], run.cfg["data_seed"]
+        by_settings.setdefault((settings, repeats[settings, seeds]), []).append(run)
+        repeats[settings, seeds] += 1
     groups = []
-    for members in by_settings.values():
+    for (_, repeat), members in by_settings.items():
         cfg = decisive_settings(members[0])
         siblings = [decisive_settings(group[0]) for group in by_settings.values()]
         siblings = [c for c in siblings if c["preset"] == cfg["preset"]]
@@ -198,8 +209,12 @@ def grouped(runs: list[LoggedRun]) -> list[RunGroup]:
             if any(c[name] != value for c in siblings) and not follows_max_lr(name, siblings):
                 value = f"{value:.3g}" if isinstance(value, float) else value
                 words.append(f"{name} {'none' if value == '' else value}")
-        ending = f", {members[0].unfinished}" if members[0].unfinished else ""
-        groups.append(RunGroup(" ".join(words) + ending, without_repeats(members)))
+        name = " ".join(words)
+        if members[0].unfinished:
+            name += f", {members[0].unfinished}"
+        if repeat:
+            name += f", again: {members[0].name}"
+        groups.append(RunGroup(name, members))
     return groups
 
 
@@ -210,16 +225,6 @@ def decisive_settings(run: LoggedRun) -> dict:
     settings = {f.name: run.cfg[f.name] for f in dataclasses.fields(TrainConfig)}
     settings = {name: value for name, value in settings.items() if name not in free}
     return settings | {"data_root": Path(run.cfg["data_root"]).name}
-
-
-def without_repeats(members: list[LoggedRun]) -> list[LoggedRun]:
-    """Keep one run of each seed: the same run twice says nothing about the spread."""
-    by_seed = {}
-    for run in members:
-        first = by_seed.setdefault((run.cfg["seed"], run.cfg["data_seed"]), run)
-        if first is not run:
-            say(f"{run.name} is left out: it has the settings and the seed of {first.name}")
-    return list(by_seed.values())
 
 
 def follows_max_lr(name: str, cfgs: list[dict]) -> bool:
@@ -249,22 +254,24 @@ def student_t(df: int) -> float:
 
 
 def table(groups: list[RunGroup]) -> str:
-    """Return a Markdown table: final values of each group, and its distance to the first."""
+    """Return a Markdown table: final values of each group, its distance to the first finished."""
     lines = [
         "| run | seeds | tokens | val loss, final (mean ± sd) | to the first ± se | HellaSwag ± se "
         "| tok/s |",
         "|---|---|---|---|---|---|---|",
     ]
-    for i, group in enumerate(groups):
+    first = next((group for group in groups if not group.unfinished), groups[0])
+    for group in groups:
         seeds, loss = "one", f"{group.mean:.4f}"
         if len(group.runs) > 1:
             seeds = str(len(group.runs))
             if group.unfinished != "diverged":
                 loss += f" ± {statistics.stdev(group.losses):.4f}"
-        away = difference(group, groups[0], groups) if i else ""
+        away = difference(group, first, groups) if group is not first else ""
         speeds = [run.tok_s for run in group.runs if run.tok_s is not None]
         speed = f"{statistics.median(speeds):,.0f}" if speeds else "-"
-        cells = [group.name, seeds, f"{group.runs[0].tokens_trained:,}", loss, away]
+        tokens = max(run.tokens_trained for run in group.runs)
+        cells = [group.name, seeds, f"{tokens:,}", loss, away]
         lines.append(f"| {' | '.join([*cells, hellaswag_score(group), speed])} |")
     return "\n".join(lines)
 
@@ -457,10 +464,10 @@ def not_drawn(e: Exception) -> str:
 def warn_of_commits(groups: list[RunGroup]):
     """Tell of groups that were made by different code: an edit is no setting, so it has no name."""
     for group in groups:
-        commits = sorted({run.commit for run in group.runs if run.commit})
+        commits = set.union(*(run.commits for run in group.runs))
         if len(commits) > 1:
             say(
-                f"{group.name}: its runs were made by different code ({', '.join(commits)}); "
+                f"{group.name}: made by different code ({', '.join(sorted(commits))}); "
                 "hint: a preset of its own tells an edited model apart"
             )
 
@@ -478,7 +485,7 @@ def main(args: Comparison):
         say(table(groups))
         s, df = pooled_deviation(groups)
         if df == 0:
-            say("s: not known, no settings were run with two seeds")
+            say("s: not known, no settings have two finished seeds")
         else:
             say(
                 f"s = {s:.4f} (df {df}): standard deviation of a run within its group, over all "
@@ -488,6 +495,8 @@ def main(args: Comparison):
         warn_of_commits(groups)
     if args.reference:
         reference = read_run(args.reference, "step")
+        if reference.unfinished == "diverged":
+            raise UserError(f"{args.reference} has diverged; hint: a healthy run for --reference")
         for run in runs:
             say(f"reference | {verdict(run, reference, args.band)}")
     try:

@@ -382,7 +382,8 @@ def split_documents(
                 yield (source, split), text
     if not total:
         raise UserError(
-            f"{names}: no documents but empty ones; hint: put text there, or --text_field"
+            f"{names}: no documents but empty ones; hint: put text there; for a jsonl or parquet "
+            "file --text_field names its field"
         )
 
 

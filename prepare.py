@@ -262,14 +262,14 @@ def hub_hint(repository: str, e: BaseException) -> str:
         )
     if isinstance(e, errors.RevisionNotFoundError):
         return "--revision, a branch or commit of it"
+    if error_number(e) in REMEDIES:
+        place = getattr(e, "filename", None) or "--out"
+        return f"--out elsewhere, or {remedy(e, place)} and run this again"
     if status in (401, 403, 404) or isinstance(e, errors.HFValidationError | PermissionError):
         return (
             "check the name (--dataset OWNER/NAME); a private data set needs a token: "
             "`hf auth login`, or set HF_TOKEN"
         )
-    if error_number(e) in REMEDIES:
-        place = getattr(e, "filename", None) or "--out"
-        return f"--out elsewhere, or {remedy(e, place)} and run this again"
     return "check the network, then run this again: it resumes after the last whole file"
 
 

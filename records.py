@@ -3,6 +3,7 @@
 Rank 0 writes. The other ranks call the same methods, which then do nothing but join in sums.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -391,7 +392,8 @@ def find_checkpoint(cfg: TrainConfig) -> Checkpoint | None:
     when checkpoints that were written are gone.
     """
     started_before = refuse_to_mix(cfg)
-    refuse_to_diverge_again(cfg)
+    if not (cfg.eval_only or cfg.dry_run):
+        refuse_to_diverge_again(cfg)
     newest = None
     if cfg.resume != "never":
         newest = newest_checkpoint(cfg)
@@ -484,13 +486,18 @@ def refuse_to_mix(cfg: TrainConfig) -> bool:
 def refuse_to_diverge_again(cfg: TrainConfig):
     """Raise UserError when torchrun itself (--max-restarts) restarts a run that has diverged.
 
-    The same command given again is another matter: something may have been mended.
+    The same command given again is another matter, something may have been mended: it removes the
+    mark, for a restart of its own to find none.
     """
+    mark = cfg.run_dir / "diverged.json"
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if restarts != "0" and (cfg.run_dir / "diverged.json").exists():
+    if restarts == "0":
+        with contextlib.suppress(OSError):
+            mark.unlink()
+    elif mark.exists():
         raise UserError(
             f"{cfg.run_dir} has diverged, restart {restarts} by torchrun would end the same; "
-            f"hint: {cfg.run_dir / 'diverged.json'} says how"
+            f"hint: {mark} says how"
         )
 
 

@@ -68,7 +68,7 @@ def order(seed: int, epoch: int, n: int, i: np.ndarray) -> np.ndarray:
     halves are small: with four, neighbours stay visibly related for n below 1,000.
     """
     a = max(1, int(np.sqrt(n)))
-    b = -(-n // a)
+    b = int(-(-n // a))
     out = np.array(i, dtype=np.uint64)
     todo = np.arange(out.size)
     round_keys = derive_keys(8, seed, epoch, n)

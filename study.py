@@ -9,6 +9,7 @@ in LOG_DIR/NAME. Ctrl-C or SIGTERM stops the study with a checkpoint; the same c
 and skips the runs that are finished or have diverged.
 """
 
+import json
 import re
 import shlex
 import signal
@@ -86,7 +87,7 @@ def commands(study: Study, more: list[str]) -> list[list[str]]:
 def refuse_taken(more: list[str]):
     """Raise UserError for a setting after `--` that would be the same in runs meant to differ."""
     instead = dict.fromkeys(("seed", "data_seed"), "--seeds N") | {"max_lr": "--max_lr X"}
-    instead |= dict.fromkeys(("run_name", "log_dir"), "--log_dir DIR")
+    instead |= dict.fromkeys(("run_name", "log_dir", "ckpt_dir", "resume"), "--log_dir DIR")
     for name in sorted(given_names(more) & instead.keys()):
         raise UserError(
             f"--{name} after -- would be the same for all runs; hint: {instead[name]} before --"
@@ -150,7 +151,7 @@ def train_all(argvs: list[list[str]]):
         for argv in argvs:
             cfg, _ = config.from_command_line(argv)
             mark = cfg.run_dir / "diverged.json"
-            if mark.exists():
+            if mark.exists() and not changed_since(cfg):
                 say(f"{cfg.run_name} has diverged before; remove {mark} to try it again")
                 continue
             say(f"$ python train_gpt2.py {shlex.join(argv)}")
@@ -173,6 +174,14 @@ def train_all(argvs: list[list[str]]):
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def changed_since(cfg: config.TrainConfig) -> str:
+    """List the settings of a run that its directory was made with otherwise."""
+    try:
+        return config.differences(cfg, json.loads((cfg.run_dir / "config.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return "config.json"
 
 
 def main():

@@ -33,14 +33,16 @@ launch=(torchrun --standalone --nproc_per_node="$gpus" train_gpt2.py "$preset"
 # Mistakes end here: in the loop below torchrun's exit status does not tell them from a crash.
 "${launch[@]}" --dry_run True
 
-# The exit status does not tell whether the run is finished, either; finished.json does.
+# torchrun's exit status alone does not tell whether the run is finished; finished.json does.
 launches=0 # in a row without a new checkpoint
-newest=
+checkpoints=("$run"/ckpt/step_*)
+newest=${checkpoints[-1]}
 rm -f "$run/diverged.json" # of an earlier launch
-until [ -e "$run/finished.json" ]; do
+until "${launch[@]}" && [ -e "$run/finished.json" ]; do
     if [ -e "$run/diverged.json" ]; then
         exit 3 # to NaN; another launch would end the same
     fi
+    launches=$((launches + 1))
     checkpoints=("$run"/ckpt/step_*)
     if [ "${checkpoints[-1]}" != "$newest" ]; then
         newest=${checkpoints[-1]}
@@ -50,8 +52,7 @@ until [ -e "$run/finished.json" ]; do
         echo "error: 3 launches in a row without a new checkpoint; hint: the messages above" >&2
         exit 1
     fi
-    launches=$((launches + 1))
-    "${launch[@]}" || sleep 10
+    sleep 10
 done
 
 python hellaswag.py --model "$run" --out "$run/hellaswag.json"

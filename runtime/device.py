@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -63,7 +64,8 @@ def has_gpu() -> bool:
 
     One that CUDA_VISIBLE_DEVICES hides does not count.
     """
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    hidden = not re.match(r"\d|GPU-|MIG-", visible)
     return bool(torch.version.cuda) and not hidden and any(map(os.path.exists, NVIDIA_FILES))
 
 

@@ -164,23 +164,48 @@ def test_other_data_and_another_measurement_are_other_groups(
     assert [*rows(capsys.readouterr().out)] == [f"gpt2-rope {name}" for name in names]
 
 
-def test_the_same_run_twice_is_one(make, tmp_path, capsys):
-    """Twice the same settings and seed: a spread of 0 would show every difference."""
-    a, again = make("a", "gpt2-rope", 5.0, seed=1), make("again", "gpt2-rope", 5.0, seed=1)
-    show(tmp_path, a, again, make("b", "gpt2-baseline", 5.1))
-    out = capsys.readouterr().out
-    assert rows(out)["gpt2-rope"][0] == "one" and "s: not known" in out
-    assert "again is left out: it has the settings and the seed of a" in out
+def test_a_seed_counts_once(make, tmp_path, capsys):
+    """What repeats seeds, as runs of edited code do, is another group: else nothing tells them."""
+    runs = [make(f"a{i}", "gpt2-rope", 5.0 + i / 100, seed=i) for i in range(2)]
+    runs += [make(f"edited{i}", "gpt2-rope", 4.0 + i / 100, seed=i) for i in range(2)]
+    show(tmp_path, *runs)
+    table = rows(capsys.readouterr().out)
+    assert table["gpt2-rope"][:3] == ["2", "20,000", "5.0050 ± 0.0071"]
+    assert table["gpt2-rope, again: edited0"][:3] == ["2", "20,000", "4.0050 ± 0.0071"]
+    assert table["gpt2-rope, again: edited0"][3].startswith("-1.0000 ± 0.0071, shown")
 
 
 def test_a_group_made_by_different_code_is_told(make, tmp_path, capsys):
-    """An edit of the code is no setting: nothing else tells such runs apart."""
+    """Also when one run was resumed by other code."""
     runs = [make(str(i), "gpt2-rope", 5.0 + i, seed=i) for i in range(2)]
-    for folder, commit in zip(runs, ("74464a1", "74464a1-dirty")):
-        Path(folder, "env.json").write_text(json.dumps({"commit": commit}))
+    Path(runs[0], "env.json").write_text('{"commit": "74464a1"}')
+    resumed = '{"commit": "74464a1", "earlier": [{"commit": "14d2e84"}, {"commit": null}]}'
+    Path(runs[1], "env.json").write_text(resumed)
     show(tmp_path, *runs)
-    told = "gpt2-rope: its runs were made by different code (74464a1, 74464a1-dirty)"
-    assert told in capsys.readouterr().out
+    assert "gpt2-rope: made by different code (14d2e84, 74464a1)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("env", ["", "[]", '{"commit": ["a"]}', '{"earlier": 5}'])
+def test_code_that_is_not_known_is_no_matter(make, tmp_path, capsys, env):
+    runs = [make(str(i), "gpt2-rope", 5.0 + i, seed=i) for i in range(2)]
+    Path(runs[0], "env.json").write_text(env)
+    show(tmp_path, *runs)
+    assert "different code" not in capsys.readouterr().out
+
+
+def test_the_first_finished_group_is_what_others_are_compared_with(make, tmp_path, capsys):
+    runs = [make("bad", "gpt2-rope", float("nan"), max_lr=1.0)]
+    runs += [make("a", "gpt2-rope", 5.0), make("b", "gpt2-baseline", 5.1)]
+    show(tmp_path, *runs)
+    table = rows(capsys.readouterr().out)
+    differences = [row[3] for row in table.values()]
+    assert differences == ["-", "", "+0.1000 (one seed each)"]
+
+
+def test_a_diverged_run_is_no_reference(make, tmp_path):
+    bad, good = make("bad", "gpt2-rope", float("nan")), make("good", "gpt2-rope", 5.0)
+    with pytest.raises(UserError, match="bad has diverged; hint: a healthy run"):
+        show(tmp_path, good, reference=bad)
 
 
 def test_files_beside_the_runs_are_passed_over(make, tmp_path, capsys):

@@ -1198,6 +1198,11 @@ def test_torchruns_restart_does_not_repeat_a_run_that_has_diverged(train, tmp_pa
     with pytest.raises(UserError, match="has diverged, restart 1 by torchrun would end the same"):
         train(*diverging)
     assert (tmp_path / "r" / "diverged.json").exists()
+    train(*diverging, "--dry_run True")
+    # given again, the command removes the mark first: a restart after a crash must find none
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    records_of_a_run.refuse_to_diverge_again(types.SimpleNamespace(run_dir=tmp_path / "r"))
+    assert not (tmp_path / "r" / "diverged.json").exists()
 
 
 POISONED = """

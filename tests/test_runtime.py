@@ -352,6 +352,8 @@ def test_determinism_is_enforced_on_a_gpu(device, raises):
     [
         ("auto", "13.0", "/", None, "show CUDA 13.0 or later"),  # an old driver
         ("auto", "13.0", "/", "", None),  # hidden on purpose
+        ("auto", "13.0", "/", "NoDevFiles", None),  # as Slurm does without --gpus
+        ("auto", "13.0", "/", "GPU-8932f937", "show CUDA 13.0 or later"),
         ("auto", "13.0", "/none", None, None),  # a laptop: pip's torch has CUDA on any Linux
         ("auto", None, "/", None, None),
         ("cuda", "13.0", "/none", None, "show CUDA 13.0 or later"),

@@ -89,6 +89,7 @@ def test_more_settings_are_passed_through_and_win():
         (Study(("gpt2-baseline", "gpt2-rope")), ["--B", "7"], "is not a multiple of B x T"),
         (Study(("gpt2-rope",)), ["--data-seed=7"], "--data_seed after -- would be the same"),
         (Study(("gpt2-rope",)), ["--run_name", "x"], "--run_name after -- would be the same"),
+        (Study(("gpt2-rope",)), ["--ckpt_dir", "x"], "--ckpt_dir after -- would be the same"),
         (Study(("gpt2-xl",)), [], "gpt2-xl has n_layer 48, and --scale mini would set 13"),
         (Study(("gpt2-rope-t2048",)), [], "has T 2048, and --scale mini would set 256"),
         (Study(("gpt2-baseline",)), ["--init_from", "gpt2"], "brings its own shape"),
@@ -124,6 +125,10 @@ def test_a_run_that_diverges_does_not_end_a_sweep(tmp_path):
     assert again.returncode == 0, again.stderr
     assert "gpt2-rope-1e+30-seed1 has diverged before; remove " in again.stdout
     assert "step 1/" not in again.stdout
+    # other settings: that run is not what is asked for now
+    mended = run(*argv, "--grad_norm_clip", 0.1)
+    assert mended.returncode == 2, mended.stdout
+    assert "holds a run with other settings: grad_norm_clip 1 -> 0.1" in mended.stderr
 
 
 def losses(run_dir) -> dict[int, float]:
