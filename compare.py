@@ -465,7 +465,7 @@ def warn_of_commits(groups: list[RunGroup]):
     """Tell of groups that were made by different code: an edit is no setting, so it has no name."""
     for group in groups:
         commits = set.union(*(run.commits for run in group.runs))
-        if len(commits) > 1:
+        if len(group.runs) > 1 and len(commits) > 1:
             say(
                 f"{group.name}: made by different code ({', '.join(sorted(commits))}); "
                 "hint: a preset of its own tells an edited model apart"
