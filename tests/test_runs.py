@@ -99,8 +99,8 @@ def test_syntax_and_header(script):
     assert max(map(len, script.read_text().splitlines())) <= 100
 
 
-@pytest.mark.parametrize("calls", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_gpt2_4xh100(tmp_path, calls):
+@pytest.mark.slow
+def test_gpt2_4xh100(tmp_path):
     """From parquet files to an exported model; a second call trains nothing."""
     clone = repository(tmp_path / "clone")
     source = parquet_files(tmp_path / "parquet")
@@ -112,12 +112,12 @@ def test_gpt2_4xh100(tmp_path, calls):
         "generate.py": ["--device", "cpu", "--max_new_tokens", 4],
     }
     env = replace_programs(tmp_path / "bin", options) | {"DATA": "data/tiny", "GPUS": "2"}
-    for _ in range(calls):
+    for call in (1, 2):
         done = bash("gpt2_4xh100.sh", cwd=clone, env=env)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         for line in ("pip install -r requirements.txt", "nothing wrong", "speed | 16 tokens"):
             assert line in done.stdout
-    assert ("step 1/" in done.stdout) == (calls == 1)
+        assert ("step 1/" in done.stdout) == (call == 1)
     run_dir = clone / "log" / "gpt2-rope"
     assert steps_of(run_dir) == list(range(1, STEPS + 1))
     for file in ("finished.json", "hellaswag.json", "hugging-face/model.safetensors"):
