@@ -190,19 +190,18 @@ class Records:
         """
         windows = self.loader.windows
         errors = [self.stop.error]
-        with self.stop.patient():  # a shard that was touched is read whole, on any rank
-            for shard in list(windows.checked_at):
-                try:
-                    windows.check_file(shard)
-                except UserError as e:
-                    errors.append(e)
-                    self.stop.ask(e)
-            paths = [shard.path for shard in windows.shards]
-            since = math.inf
-            for e in errors:
-                if isinstance(e, DamagedShard) and e.path in paths:
-                    since = min(since, e.since, time.time())
-            return least_over_ranks(since)
+        for shard in list(windows.checked_at):
+            try:
+                windows.check_file(shard)
+            except UserError as e:
+                errors.append(e)
+                self.stop.ask(e)
+        paths = [shard.path for shard in windows.shards]
+        since = math.inf
+        for e in errors:
+            if isinstance(e, DamagedShard) and e.path in paths:
+                since = min(since, e.since, time.time())
+        return least_over_ranks(since)
 
     def evaluation(self, record: dict, has_checkpoint: bool):
         """Log an evaluation; with a checkpoint of the same step it may become the best one."""

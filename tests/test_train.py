@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from unittest.mock import Mock
 
 import matplotlib
 import numpy as np
@@ -40,7 +41,7 @@ from runtime import checkpoint
 from runtime.command_line import UserError
 from runtime.meter import Meter
 from runtime.runlog import RunLog, read_metrics
-from runtime.stop import SIGNALS, Stopped
+from runtime.stop import SIGNALS, Stop, Stopped
 
 
 @pytest.fixture(scope="module")
@@ -334,6 +335,14 @@ def test_a_resume_that_computes_otherwise_says_so(train, tmp_path):
     machine = json.loads((tmp_path / "r" / "env.json").read_text())
     assert (machine["threads"], machine["began_at"]) == (threads + 1, [3])
     assert [(e["threads"], e["began_at"]) for e in machine["earlier"]] == [(threads, [0])]
+
+
+def test_a_hang_in_a_save_or_evaluation_ends_within_group_timeout(train, monkeypatch):
+    """The watchdog waits longer in one place alone, the warm-up of an uncompiled run."""
+    patient = Mock(wraps=Stop.patient)
+    monkeypatch.setattr(Stop, "patient", lambda stop: patient(stop))
+    train("gpt2-baseline --max_steps 4 --save_interval 2 --eval_interval 2")
+    assert patient.call_count == 1
 
 
 def test_a_clock_that_stands_still_is_no_error(train, monkeypatch):
