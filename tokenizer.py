@@ -164,13 +164,14 @@ def first_difference(vocab: dict[str, int], merges: list) -> str:
     """Tell where a vocabulary, below id 50,257, or merges differ from GPT-2's; "" for nowhere."""
     ours = hugging_face_vocab()
     for token in ours | vocab:
-        i = vocab.get(token)
-        if i != ours.get(token) and (token in ours or i < N_VOCAB):
-            return f"{token!r} is id {i}, in GPT-2's {ours.get(token)}"
-    for n, (a, b) in enumerate(itertools.zip_longest(merges, merge_lines()), 1):
+        theirs = vocab.get(token, "none")
+        expected = ours.get(token, "none")
+        if theirs != expected and (token in ours or theirs < N_VOCAB):
+            return f"{token!r} is id {theirs}, in GPT-2's {expected}"
+    for n, (a, b) in enumerate(itertools.zip_longest(merges, merge_lines(), fillvalue=""), 1):
         if isinstance(a, list):
             a = " ".join(a)
-        if (a or "").strip() != b:
+        if a.strip() != b:
             return f"merge {n} is {a!r}, in GPT-2's {b!r}"
     return ""
 

@@ -41,11 +41,11 @@ class Stop:
 
     A signal to one process, or an error in one, makes poll() raise Stopped in all of them. Signals
     that were ignored at start (nohup) stay ignored; torchrun, though, ends its processes at SIGHUP
-    even under nohup. Before `armed` is set there is nothing to save,
-    and a signal raises Stopped at once. Outside the main thread Python allows no signal handlers:
-    then none is set. A watchdog thread kills this process and its peers on this machine when poll()
-    was not called for `timeout` seconds (see patient()): torchrun alone would give a hanging
-    process, which cannot answer its SIGTERM, another 30 s.
+    even under nohup. Before `armed` is set there is nothing to save, and a signal raises Stopped at
+    once. Outside the main thread Python allows no signal handlers: then none is set. A watchdog
+    thread kills this process and its peers on this machine when poll() was not called for `timeout`
+    seconds (see patient()): torchrun alone would give a hanging process, which cannot answer its
+    SIGTERM, another 30 s.
     """
 
     def __init__(self, world: World, timeout: float, second_interrupt=signal.SIG_DFL):
