@@ -38,7 +38,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class BatchSettings:
-    """The batch. Only total_batch changes what is learned; B and the number of GPUs do not."""
+    """The batch. total_batch and T change what is learned; B and the number of GPUs do not."""
 
     total_batch: int = 524288  # tokens in one optimizer step, over all GPUs
     # sequences in one micro-batch on one GPU; auto = as many as its memory holds

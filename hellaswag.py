@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import hf
 from runtime.command_line import PathText, UserError, one_line, parse, run_script, say
-from runtime.device import Compute, autocast_dtype, pick_device
+from runtime.device import Compute, choose_compute, pick_device
 from runtime.files import atomic, write_json
 from runtime.world import World, on_rank0, sum_over_ranks
 from tokenizer import EOT, N_VOCAB, gpt2
@@ -440,7 +440,7 @@ class Scoring:
             raise UserError(f"no data to measure on; hint: --data FILE, or {URL} at {place}")
         device = pick_device(self.device)
         model = hf.load_for_text(self.model or hf.newest_run()).to(device)
-        compute = Compute(device, autocast_dtype(device, self.dtype), compiled=True)
+        compute = choose_compute(device, self.dtype, use_compile=device.type == "cuda")
         items = load_items(path, self.protocol, self.limit)
         result = HellaSwag(items, model, World(0, 1, device), compute)(bar=True)
         choices = result.pop("choices")

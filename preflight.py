@@ -34,7 +34,7 @@ def check(cfg: TrainConfig, world: World) -> tuple[TrainConfig, Data | None]:
     """
     if os.environ.get("RANK") and world.device.type == "cuda" and cfg.preset == "shakespeare":
         raise UserError(
-            "torchrun on GPUs needs a preset, the default is a toy; "
+            "shakespeare, the default, is a toy for one process; "
             "hint: torchrun ... train_gpt2.py gpt2-rope"
         )
     wrong = []

@@ -370,10 +370,15 @@ def log_of(cfg: TrainConfig, world: World) -> list[dict]:
 
 
 def resume_point(cfg: TrainConfig) -> tuple[TrainConfig, Checkpoint | None]:
-    """Return the checkpoint to resume from, on all ranks, and cfg with the length of its run."""
+    """Return cfg, with the length of the run that it resumes, and the checkpoint, on all ranks."""
     if cfg.eval_only and cfg.init_from:
         return cfg, None
     resume_from = on_rank0(lambda: find_checkpoint(cfg))
+    if cfg.eval_only and not resume_from:
+        raise UserError(
+            f"no checkpoint in {cfg.checkpoint_dir} to evaluate; hint: --run_name of a run, or "
+            "--init_from gpt2"
+        )
     if resume_from and cfg.epochs is not None:
         # keep the length computed when the run began, even if shards were added since
         stored = resume_from.state["config"]

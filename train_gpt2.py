@@ -175,9 +175,12 @@ def launch(cfg: TrainConfig, world: World, stop: Stop) -> Result:
             ) from None
         if isinstance(e, UserError) or not out_of_memory(e):
             raise
+        smaller = "--B auto or a smaller --B"
+        if cfg.B == "auto":
+            smaller = "a smaller --B than the rows in the line `batch` above"
         raise UserError(
             f"out of memory with --B {cfg.B} --T {cfg.T} ({one_line(e)}); "
-            "hint: a smaller --B or --B auto, then --recompute True"
+            f"hint: {smaller}, then --recompute True"
         ) from None
     finally:
         stop.close()

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import hellaswag
 from bench.common import REPO, Common, Side, Type, alternate, report, speedup
 from runtime.command_line import PathText, UserError
-from runtime.device import Compute, autocast_dtype, keep_freed_memory, pick_device
+from runtime.device import Compute, choose_compute, keep_freed_memory, pick_device
 from runtime.world import World
 
 BASELINE = "baseline loop"
@@ -41,7 +41,7 @@ class HellaSwagPart(Common):
         device = pick_device(self.device)
         if device.type == "cpu":
             keep_freed_memory()
-        compute = Compute(device, autocast_dtype(device, self.dtype), compiled=True)
+        compute = choose_compute(device, self.dtype, use_compile=device.type == "cuda")
         model = self.load_model(self.model).to(device)
         items = hellaswag.load_items(Path(self.data), "gpt2", self.items)
         packed = hellaswag.HellaSwag(items, model, World(0, 1, device), compute)

@@ -376,6 +376,22 @@ def test_a_gpu_that_torch_cannot_use_is_an_error(monkeypatch, name, cuda, file, 
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("cuda:x", "'cuda:x' is not a device"),
+        ("cuda:-1", "'cuda:-1' is not a device"),
+        ("cuda:", "'cuda:' is not a device"),
+        ("cuda:1", "cuda:1 is one GPU for all processes"),
+        ("tpu", "'tpu' is not there"),
+    ],
+)
+def test_names_of_devices(name, words):
+    """In the second process of a machine."""
+    with pytest.raises(UserError, match=f"{words}.*; hint: "):
+        pick_device(name, local_rank=1)
+
+
 @pytest.mark.parametrize("dtype, precision", [("float32", "highest"), ("bfloat16", "high")])
 def test_float32_does_not_mean_tf32(dtype, precision):
     """Which a GPU would take for all matmuls; beside bfloat16 it is the more precise one."""

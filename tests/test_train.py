@@ -105,6 +105,8 @@ def test_a_run_leaves_what_the_readme_says(train, tmp_path):
     assert "step 40/40 | loss" in out and "tok/s" in out and "left" in out
     _, out = train("gpt2-rope --eval_only True --init_from", run_dir)
     assert f"val loss {val_losses(records)[-1]:.4f}" in out
+    with pytest.raises(UserError, match="no checkpoint in .* to evaluate; hint: "):
+        train("gpt2-rope --eval_only True", name="another")
 
 
 @pytest.fixture
@@ -805,8 +807,11 @@ def test_python_mistakes_leave_the_run_free(tiny, monkeypatch):
         raise RuntimeError("DefaultCPUAllocator: not enough memory")
 
     with at_step(fail, only=7):
-        with pytest.raises(UserError, match="out of memory with --B 4") as exception:
+        with pytest.raises(UserError, match="with --B 4 .*hint: --B auto or a ") as exception:
             train_gpt2.train(tiny())
+    with at_step(fail, only=7):
+        with pytest.raises(UserError, match="with --B auto .*hint: a smaller --B than the rows"):
+            train_gpt2.train(tiny("auto", B="auto"))
     assert train_gpt2.train(tiny(B=2)).finished and exception
 
 
