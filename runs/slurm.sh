@@ -26,7 +26,7 @@ set -euo pipefail
 
 preset=${PRESET:-gpt2-rope}
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 WORLD_SIZE=$SLURM_NTASKS
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export MASTER_ADDR MASTER_PORT WORLD_SIZE OMP_NUM_THREADS
@@ -43,7 +43,7 @@ while true; do
     0)
         exit 0
         ;;
-    75) # stopped by a signal, with a checkpoint
+    75 | 138) # stopped by a signal, with a checkpoint; 138: by SIGUSR1 while it started
         exec scontrol requeue "$SLURM_JOB_ID"
         ;;
     2 | 3) # a mistake, or a run that has diverged: another launch would end the same

@@ -191,6 +191,10 @@ for i in $(seq 0 $((SLURM_NTASKS - 1))); do
     SLURM_PROCID=$i SLURM_LOCALID=$i "$@" &
     tasks+=($!)
 done
+if [ -e early ]; then
+    rm early
+    kill -USR1 "${tasks[@]}"
+fi
 if [ -e preempt ]; then
     rm preempt
     until grep -q '"step": 3' log/gpt2-rope/metrics.jsonl 2> /dev/null; do sleep 0.02; done
@@ -215,7 +219,7 @@ fi
 
 @pytest.mark.slow
 def test_slurm(tmp_path):
-    """SIGUSR1: a checkpoint, and the job is queued again; then it finishes.
+    """SIGUSR1: the job is queued again, with a checkpoint if training has begun; then it finishes.
 
     A mistake ends it, also in a second run beside one that has finished.
     """
@@ -224,19 +228,20 @@ def test_slurm(tmp_path):
     options = {"train_gpt2.py": [*SMALL, "--max_steps", 40, "--data_root", data]}
     env = replace_programs(tmp_path / "bin", options, srun=SRUN, scontrol=SCONTROL)
     env |= {"SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_ID": str(os.getpid())}
-    (clone / "preempt").touch()
     run_dir = clone / "log" / "gpt2-rope"
 
-    stopped = bash("slurm.sh", cwd=clone, env=env)
-    assert stopped.returncode == 0, stopped.stdout[-3000:] + stopped.stderr[-3000:]
-    assert (clone / "requeued").read_text() == f"requeue {os.getpid()}\n"
-    assert not (run_dir / "finished.json").exists()
+    for n, when in enumerate(("early", "preempt"), 1):
+        (clone / when).touch()
+        stopped = bash("slurm.sh", cwd=clone, env=env)
+        assert stopped.returncode == 0, stopped.stdout[-3000:] + stopped.stderr[-3000:]
+        assert (clone / "requeued").read_text() == f"requeue {os.getpid()}\n" * n
+        assert not (run_dir / "finished.json").exists()
 
     done = bash("slurm.sh", cwd=clone, env=env)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "resume | step" in done.stdout and (run_dir / "finished.json").exists()
     assert steps_of(run_dir) == list(range(1, 41))
-    assert (clone / "requeued").read_text().count("requeue") == 1
+    assert (clone / "requeued").read_text().count("requeue") == 2
 
     options["train_gpt2.py"] += ["--B", 0]
     programs = replace_programs(tmp_path / "bin2", options, srun=SRUN, scontrol=SCONTROL)
