@@ -162,8 +162,8 @@ class Records:
         last good checkpoint, and cannot finish a run whose weights are NaN.
         """
         started = time.perf_counter()
-        if self.saver and not all_finite(self.model):
-            self.stop.ask(self.diverged(f"weights are NaN or infinite at step {step}"))
+        if self.saver and (wrong := self.saver.not_finite()):
+            self.stop.ask(self.diverged(f"{wrong} is NaN or infinite at step {step}"))
         diverged = isinstance(self.stop.error, Diverged)
         if self.wrong_since() == math.inf and self.saver and not diverged:
             self.saver.save(step, self.state())
@@ -196,6 +196,7 @@ class Records:
             except UserError as e:
                 errors.append(e)
                 self.stop.ask(e)
+            self.stop.last_poll = time.monotonic()  # a touched shard is read whole
         paths = [shard.path for shard in windows.shards]
         since = math.inf
         for e in errors:
@@ -239,11 +240,11 @@ class Records:
         pauses = cfg.save_interval, cfg.eval_interval, cfg.sample_interval
         if save_due or step == cfg.max_steps or any(step % n == 0 for n in pauses):
             self.meter.flush()
-        skipped = self.meter.skipped_in_a_row
+        skipped = self.meter.most_skipped  # since the last look good steps may have followed
         if skipped >= cfg.max_skipped:
             self.stop.ask(
                 self.diverged(
-                    f"{skipped} steps in a row skipped up to step {self.meter.last_read}, their "
+                    f"{skipped} steps in a row skipped by step {self.meter.last_read}, their "
                     "loss or gradient is NaN or infinite"
                 )
             )
@@ -350,11 +351,6 @@ class Records:
             self.close_checkpoints()
         finally:
             self.close_log_and_unlock(wandb_seconds=0)
-
-
-def all_finite(model: torch.nn.Module) -> bool:
-    """Tell whether no weight is NaN or infinite; the device is read once."""
-    return bool(torch.stack([p.isfinite().all() for p in model.parameters()]).all())
 
 
 def log_of(cfg: TrainConfig, world: World) -> list[dict]:
@@ -536,6 +532,9 @@ def named_checkpoint(cfg: TrainConfig, newest: Checkpoint | None) -> Checkpoint:
 
     Raises UserError when it is an older one of this run: what came after would be overwritten.
     """
+    if newest and not os.path.exists(cfg.resume):  # deleted since this run began
+        say(f"resume | {cfg.resume} is gone, this run has a checkpoint of its own")
+        return newest
     named = checkpoint.find(cfg.resume)
     refuse_other_run(cfg, named)
     if newest is None:

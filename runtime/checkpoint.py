@@ -173,6 +173,17 @@ class Saver:
             self.copies[key] = part[: t.nbytes].view(t.dtype).view(t.shape)
         return True
 
+    def not_finite(self) -> str:
+        """Return the name of a weight or moment that is NaN or infinite, or ""; one device read."""
+        tensors = {}
+        for content in contents(self.model, self.optimizer).values():
+            tensors |= content
+        finite = torch.stack([t.isfinite().all().to(self.device) for t in tensors.values()])
+        for name, good in zip(tensors, finite.tolist()):
+            if not good:
+                return name
+        return ""
+
     def save(self, step: int, state: dict):
         """Wait for the previous save, copy the state, start writing it.
 

@@ -12,6 +12,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 import typing
 from collections.abc import Callable, Iterable
@@ -100,6 +101,18 @@ def leave_pipe():
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  stays open until the process ends
 
 
+def last_words(message: str):
+    """Print to stderr for a second at most: what hangs may be the disk or the pipe behind it."""
+
+    def write():
+        with contextlib.suppress(OSError):
+            show(f"{message}\n", sys.stderr)
+
+    writer = threading.Thread(target=write, daemon=True)
+    writer.start()
+    writer.join(1)
+
+
 def run_script(main: Callable[[], None]):
     """Run a script's main function; a UserError ends in one line and its status.
 
@@ -111,7 +124,8 @@ def run_script(main: Callable[[], None]):
     except UserError as e:
         where = "" if rank() == "0" else f" (rank {rank()})"
         message = f"error{where}: {e}"
-        show(f"{message}\n", sys.stderr)
+        with contextlib.suppress(OSError):  # of a full disk, say: the status is to be e's
+            show(f"{message}\n", sys.stderr)
         repeat_after_torchrun(printable(message))
         if rank() != "0":
             time.sleep(1)  # torchrun ends the others once one has ended: rank 0 is to report first

@@ -54,13 +54,13 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         )
     if kind != "cuda":
         return torch.device(kind)
-    index, count = int(index or local_rank), torch.cuda.device_count()
-    if index >= count:
-        raise UserError(
-            f"GPU {index} is not there, this machine has {count}; hint: --nproc_per_node={count}"
-        )
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
+    number = int(index or local_rank)
+    count = torch.cuda.device_count()
+    if number >= count:
+        fewer = f"--device cuda:{count - 1}" if index else f"--nproc_per_node={count}"
+        raise UserError(f"GPU {number} is not there, this machine has {count}; hint: {fewer}")
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def has_gpu() -> bool:

@@ -48,6 +48,7 @@ class Meter:
         self.pending: list[Pending] = []
         self.last_read = 0  # the last step that was logged
         self.skipped_in_a_row = skipped  # steps skipped up to it, since the last good one
+        self.most_skipped = skipped  # the largest that number has been
         self.pauses: dict[str, Pause] = {}  # what interrupts training from time to time
         self.restart()
 
@@ -128,6 +129,7 @@ class Meter:
                 "train/norm": norm,
             }
         self.skipped_in_a_row += 1
+        self.most_skipped = max(self.most_skipped, self.skipped_in_a_row)
         windows_per_step = self.cfg.total_batch // self.cfg.T
         first = (step.step - 1) * windows_per_step
         skipped = f"loss {loss}, norm {norm}"

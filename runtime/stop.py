@@ -3,7 +3,6 @@
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from runtime.command_line import UserError
+from runtime.command_line import UserError, last_words
 from runtime.world import COMPILE_SECONDS, World
 
 # Exit status of a run that was stopped and can be resumed (sysexits.h: EX_TEMPFAIL, "try again
@@ -131,12 +130,10 @@ class Stop:
             last_tick = now
             if now - self.last_poll <= self.limit:
                 continue
-            print(
+            last_words(
                 f"error (rank {rank}): no progress for {self.limit:g} s, "
                 "a process hangs or is gone: ending all on this machine; "
-                "hint: a longer --group_timeout if a step may take that long",
-                file=sys.stderr,
-                flush=True,
+                "hint: a longer --group_timeout if a step may take that long"
             )
             for peer in peers:
                 try:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from runtime.cgroup import control_groups, cpu_quota
-from runtime.command_line import UserError, one_line, say
+from runtime.command_line import UserError, last_words, one_line, say
 from runtime.device import keep_freed_memory, pick_device, use_deterministic_kernels
 
 # What a compilation may take before it counts as a hang: gpt2-xl on a machine of few cores may need
@@ -170,12 +170,10 @@ def meet(device: torch.device, world_size: int, timeout: float):
 
 def end_hanging(timeout: float, others: str):
     """End this process, which hangs while the process group is made (a thread)."""
-    print(
+    last_words(
         f"error (rank {os.environ['RANK']}): no process group after {timeout:g} s with {others}; "
         "hint: NCCL_DEBUG=INFO in front tells more; NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME "
-        "name the network interface (notes/running.md)",
-        file=sys.stderr,
-        flush=True,
+        "name the network interface (notes/running.md)"
     )
     os._exit(1)
 

@@ -5,6 +5,7 @@ A run loses nothing and changes nothing. Faults come at the beginning of a chose
 """
 
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -595,6 +596,9 @@ def test_no_silent_start_from_scratch(whole, train, tmp_path):
     )
     status, _ = train("branch", "--resume", named)
     assert status == 0 and weights(tmp_path / "branch") == weights(whole)
+    shutil.rmtree(run_dir)
+    status, out = train("branch", "--resume", named)  # as a loop around it would
+    assert status == 0 and "is gone, this run has a checkpoint of its own" in out
 
 
 def test_checkpoints_elsewhere_are_not_mixed_up(whole, train, tmp_path):
@@ -1156,7 +1160,7 @@ def test_many_bad_losses_in_a_row_stop_the_run(train, tmp_path):
 
     Though each leaves a checkpoint in the middle of the bad steps; the last one is before the end.
     """
-    words = "4 steps in a row skipped up to step 8.*NaN or infinite; hint: a lower --max_lr"
+    words = "4 steps in a row skipped by step 8.*NaN or infinite; hint: a lower --max_lr"
     with poisoned(range(5, 100)):
         for _ in range(3):
             with pytest.raises(Diverged, match=words):
@@ -1166,13 +1170,33 @@ def test_many_bad_losses_in_a_row_stop_the_run(train, tmp_path):
     skipped = [r["step"] for r in read_metrics(tmp_path / "r") if "skipped" in r]
     assert skipped == [5, 6, 7, 8]
     assert train("r", "--max_skipped 4")[0] == 0  # the cause is gone
+    # and when good ones follow before the next line is due
+    with poisoned(range(5, 9)), pytest.raises(Diverged, match="4 steps in a row"):
+        train("s", "--max_skipped 4 --log_interval 10 --save_interval 100")
+
+
+def test_moments_that_are_infinite_end_the_run(train, monkeypatch):
+    """Though the loss is finite: such a second moment makes no update at all."""
+    optimizers = []
+    build = optim.build
+
+    def build_and_keep(*args):
+        optimizers.append(build(*args))
+        return optimizers[0]
+
+    def spoil(_step):
+        next(iter(optimizers[0].state.values()))["exp_avg_sq"].fill_(math.inf)
+
+    monkeypatch.setattr(optim, "build", build_and_keep)
+    with at_step(spoil, only=5), pytest.raises(Diverged, match="exp_avg_sq is NaN or infinite at"):
+        train("r", "--save_interval 2")
 
 
 @pytest.mark.parametrize(
     "changes, words",
     [
         ("--max_lr 1e20 --min_lr 0 --eval_interval 1", "the validation loss is nan at step 1"),
-        ("--max_lr 1e39 --min_lr 0 --save_interval 1", "weights are NaN or infinite at step 1"),
+        ("--max_lr 1e39 --min_lr 0 --save_interval 1", "is NaN or infinite at step 1"),
         ("--max_lr 1e20 --min_lr 0 --max_steps 1", "at step 1"),
     ],
 )

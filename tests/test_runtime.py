@@ -39,7 +39,7 @@ from runtime import cgroup, command_line, runlog
 from runtime import device as device_module
 from runtime import world as world_module
 from runtime.checkpoint import Saver, find
-from runtime.command_line import PathText, UserError, near, one_line, say
+from runtime.command_line import PathText, UserError, last_words, near, one_line, say
 from runtime.device import (
     choose_compute,
     not_deterministic,
@@ -288,6 +288,29 @@ def test_the_watchdog_waits_for_a_compilation(monkeypatch, capfd):
         stop.close()
         watchdog.join()
     assert "no progress for 0.1 s" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("console", ["full disk", "full pipe"])
+def test_a_console_that_hangs_does_not_keep_a_hang_alive(monkeypatch, console):
+    """The last words of the watchdog, before it kills what hangs."""
+    reader, writer = os.pipe()
+    if console == "full pipe":
+        os.set_blocking(writer, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writer, b"x" * 4096)
+        os.set_blocking(writer, True)
+        stream = open(writer, "w")  # noqa: SIM115
+    else:
+        os.close(writer)
+        stream = open("/dev/full", "w")  # noqa: SIM115
+    monkeypatch.setattr(sys, "stderr", stream)
+    started = time.monotonic()
+    last_words("error: no progress")
+    assert time.monotonic() - started < 30
+    os.close(reader)  # what is blocked there ends
+    with contextlib.suppress(OSError):
+        stream.close()
 
 
 @pytest.mark.parametrize("under_torchrun, presses", [(False, 1), (True, 2)])
@@ -575,6 +598,14 @@ def test_waiting_for_peers_ends_in_one_line():
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert f"waited 1 s for 3 other processes at 127.0.0.1:{port}" in done.stderr
     assert "hint: " in done.stderr
+
+
+def test_the_status_of_an_error_on_a_full_disk():
+    """A script that launches again after a crash (1) must not do so after a mistake (2)."""
+    script = "from runtime.command_line import *; run_script(lambda: exec('raise UserError(1)'))"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, stderr=full)
+    assert done.returncode == 2
 
 
 def test_a_process_group_that_hangs_ends_in_one_line():

@@ -166,7 +166,7 @@ def test_a_step_is_logged_when_the_next_one_has_been_launched(read_late, train):
 def test_many_bad_steps_stop_a_late_run_one_step_later(read_late, train_here, data, tmp_path):
     places = options("--data_root", data, "--log_dir", tmp_path, "--run_name r")
     words = "--max_steps 20 --max_skipped 3 --eval_interval 100"
-    error = "3 steps in a row skipped up to step 7"
+    error = "3 steps in a row skipped by step 7"
     begun = []
     with poisoned(range(5, 21)), at_step(begun.append), pytest.raises(UserError, match=error):
         train_here("gpt2-rope", *TINY, *places, words)
