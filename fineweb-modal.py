@@ -1,7 +1,7 @@
 """FineWeb-Edu into shards on Modal: the steps of prepare.py, one container per parquet file.
 
     modal run --detach fineweb-modal.py --sample 10BT     14 files in parallel; again: resumes
-    modal volume get fineweb-edu 10BT data/fineweb-edu-10BT
+    modal volume get fineweb-edu fineweb-edu-10BT data
 
 The coordinator runs on Modal, too: with --detach this machine may go away. Each container writes
 the shards of its file to the volume and commits them; the coordinator lists them in manifest.json,
@@ -88,8 +88,8 @@ def main(
     revision: str = "",
 ):
     """Run with settings of `prepare.py fineweb-edu`; the folder is named after the subset."""
-    folder = config or (sample if dataset in ("", prepare.FINEWEB_EDU) else dataset)
-    folder = folder.replace("/", "-")
+    folder = f"fineweb-edu-{sample}" if dataset in ("", prepare.FINEWEB_EDU) else dataset
+    folder = (config or folder).replace("/", "-")
     data = prepare.Dataset(sample, dataset, config, text_field, revision)
     coordinate.remote(f"{DATA}/{folder}", data)
-    say(f"modal volume get fineweb-edu {folder} data/{folder}")
+    say(f"modal volume get fineweb-edu {folder} data")  # makes data/{folder}

@@ -6,13 +6,13 @@ GPT-2 (124M) on FineWeb-Edu shards in data/fineweb-edu-10BT (prepare.py), on one
     python train_gpt2.py gpt2-rope
     torchrun --standalone --nproc_per_node=4 train_gpt2.py gpt2-rope
 from Python or a notebook:
-    result = train_gpt2.train(config.preset("shakespeare", max_steps=50))
+    result = train_gpt2.train(config.preset("shakespeare", max_steps=50, run_name="short"))
 To resume an interrupted run, give the same command again; --run_name NAME starts a second run.
 Fine-tune: --init_from gpt2. Evaluate a checkpoint: --eval_only True --init_from log/gpt2-rope.
 See what would run: --dry_run True. When NCCL hangs: NCCL_DEBUG=INFO in front.
 
-Exit status: 0 done; 2 a mistake by the user, or a full disk at the end; 75 stopped by a signal
-(SIGTERM, SIGINT, SIGUSR1, SIGHUP) with a checkpoint; 3 diverged to NaN; else it is a bug.
+Exit status: 0 done; 1 a hang was ended, or a bug; 2 settings, data, memory or disk to correct first;
+3 diverged to NaN; 75 stopped by a signal (SIGTERM, SIGINT, SIGUSR1, SIGHUP), with a checkpoint.
 
 Everything that a run writes is in log/RUN_NAME/ (notes/running.md); finished.json marks success.
 """

@@ -144,7 +144,7 @@ def test_the_command_hands_its_settings_on(cloud, monkeypatch, capsys):
     main(sample="100BT")
     main(dataset="somebody/texts", text_field="body")
     assert calls == [
-        ("/data/100BT", prepare.Dataset(sample="100BT")),
+        ("/data/fineweb-edu-100BT", prepare.Dataset(sample="100BT")),
         ("/data/somebody-texts", prepare.Dataset(dataset="somebody/texts", text_field="body")),
     ]
-    assert "modal volume get fineweb-edu 100BT data/100BT" in capsys.readouterr().out
+    assert "modal volume get fineweb-edu fineweb-edu-100BT data" in capsys.readouterr().out
