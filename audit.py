@@ -11,7 +11,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from config import as_listed
+from config import preset_defaults
 from runtime.command_line import PathText, UserError, parse, run_script, say
 from shard_files import Shard, open_shards, read_manifest, scan
 from shards import Windows, micro_batch_positions
@@ -39,17 +39,17 @@ class Audit:
 
     def run(self):
         """Print the report and exit. Raises UserError for impossible settings."""
-        listed = as_listed(self.preset)
-        epochs = listed.epochs if self.max_steps is None else None
+        defaults = preset_defaults(self.preset)
+        epochs = defaults.epochs if self.max_steps is None else None
         for name in ("T", "B", "total_batch", "max_steps", "data_order", "data_seed"):
             if getattr(self, name) is None:
-                setattr(self, name, getattr(listed, name))
+                setattr(self, name, getattr(defaults, name))
         tokens = self.B * self.T * self.world_size
         smallest = min(self.T, self.B, self.world_size, self.total_batch, self.max_steps)
         if smallest < 1 or self.total_batch % tokens:
             raise UserError(
-                f"total_batch {self.total_batch} is no multiple of B x T x world_size, {self.B} x "
-                f"{self.T} x {self.world_size}, or one of these or max_steps is below 1; "
+                f"total_batch {self.total_batch} is not a multiple of B x T x world_size, {self.B} "
+                f"x {self.T} x {self.world_size}, or one of these or max_steps is below 1; "
                 "hint: --B, or --total_batch"
             )
         wrong = []

@@ -1,4 +1,4 @@
-"""Compare runs in a table and a picture; tell whether a run is healthy; draw a run's curves.
+"""Compare runs in a table and a picture; say whether a run is healthy; draw a run's curves.
 
     python compare.py log/a log/b log/c     a table, and compare.png
     python compare.py log/a                 log/a/curves.png again
@@ -228,7 +228,7 @@ def decisive_settings(run: LoggedRun) -> dict:
 
 
 def follows_max_lr(name: str, cfgs: list[dict]) -> bool:
-    """Tell whether a setting is another learning rate, the same for each max_lr: no need to say."""
+    """Return whether a setting is a learning rate that max_lr determines: no need to name it."""
     if name not in ("min_lr", "embed_lr", "head_lr"):
         return False
     return len({(c["max_lr"], c[name]) for c in cfgs}) == len({c["max_lr"] for c in cfgs})
@@ -306,7 +306,7 @@ def hellaswag_score(group: RunGroup) -> str:
 
 
 def verdict(run: LoggedRun, reference: LoggedRun, band: float) -> str:
-    """Tell whether a run's validation loss stays in the band of a reference, or where it leaves it.
+    """Say whether a run's validation loss stays in a reference's band, or where it leaves it.
 
     Compared by training tokens, at the run's evaluations from the reference's first one on.
     """
@@ -412,7 +412,7 @@ def curves(run_dir: str | Path):
     fig = Figure(figsize=(11 if hella else 7, 4), layout="constrained")
     axes = fig.subplots(1, 2 if hella else 1, squeeze=False)[0]
     measured = dict(color="#08519c", marker="o", markersize=3)
-    yardstick = dict(color="#d95f0e", linestyle="--", linewidth=1)
+    baseline = dict(color="#d95f0e", linestyle="--", linewidth=1)
     if train:
         axes[0].plot(*zip(*train), color="#9ecae1", linewidth=1, label="training, one batch each")
     if val:
@@ -420,14 +420,14 @@ def curves(run_dir: str | Path):
         axes[0].plot(*zip(*val), **measured, label=label)
     if bigram:
         loss = bigram[-1][1]
-        axes[0].axhline(loss, **yardstick, label=f"bigram model {loss:.4f}")
+        axes[0].axhline(loss, **baseline, label=f"bigram model {loss:.4f}")
     low, high = limits([loss for _, loss in train + val])
     axes[0].set(ylabel="loss (nats per token)", ylim=(low, min(high, low + 4)))
     axes[0].set_title(Path(run_dir).resolve().name)
     if hella:
         label = f"OpenAI GPT-2 124M, {OPENAI_GPT2_HELLASWAG:.4f}"
         axes[1].plot(*zip(*hella), **measured)
-        axes[1].axhline(OPENAI_GPT2_HELLASWAG, **yardstick, label=label)
+        axes[1].axhline(OPENAI_GPT2_HELLASWAG, **baseline, label=label)
         axes[1].set(title="HellaSwag", ylabel="acc_norm")
     for ax in axes:
         ax.set_xlabel(AXES["step"])
@@ -462,7 +462,7 @@ def not_drawn(e: Exception) -> str:
 
 
 def warn_of_commits(groups: list[RunGroup]):
-    """Tell of groups that were made by different code: an edit is no setting, so it has no name."""
+    """Warn of groups that were made by different code: an edit is not a setting and has no name."""
     for group in groups:
         commits = set.union(*(run.commits for run in group.runs))
         if len(group.runs) > 1 and len(commits) > 1:

@@ -13,7 +13,7 @@ from typing import Literal
 
 import tyro
 
-from runtime.command_line import UserError, near, parse
+from runtime.command_line import UserError, parse, suggest
 
 # --------------------------------------------------------------------------------------------------
 # Settings in groups; --help shows their comments
@@ -110,7 +110,7 @@ class RecordSettings:
     # Weights & Biases; auto = as WANDB_MODE, when logged in
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
     wandb_project: str = "gpt2-from-scratch"  # WANDB_PROJECT replaces this default
-    # stop after so many consecutive steps with a NaN or infinite loss or gradient (each is skipped)
+    # stop after this many consecutive steps with a NaN or infinite loss or gradient (all skipped)
     max_skipped: int = 10
     accept_new_data: bool = False  # resume although the shards are not those the run began with
     # write a hash of every global batch into metrics.jsonl, to compare runs
@@ -278,10 +278,10 @@ def build_config(name: str, changes: dict) -> tuple[TrainConfig, list[str]]:
     unknown = [key for key in changes if key not in fields]
     if unknown:
         raise UserError(
-            "; ".join(f"no setting {key}: {near(key, fields)}" for key in unknown)
+            "; ".join(f"no setting {key}: {suggest(key, fields)}" for key in unknown)
             + "; hint: config.py lists all"
         )
-    cfg = dataclasses.replace(as_listed(name), **changes, given=tuple(sorted(changes)))
+    cfg = dataclasses.replace(preset_defaults(name), **changes, given=tuple(sorted(changes)))
     notes = []
     if changes.get("epochs") is not None and "max_steps" in changes:
         raise UserError(
@@ -290,13 +290,13 @@ def build_config(name: str, changes: dict) -> tuple[TrainConfig, list[str]]:
         )
     if "max_steps" in changes:
         cfg = dataclasses.replace(cfg, epochs=None)
-    if cfg.epochs is None:  # else in set_length
+    if cfg.epochs is None:  # otherwise in set_length
         cfg = fit_warmup(cfg, notes)
     return complete(cfg), notes
 
 
 def complete(cfg: TrainConfig) -> TrainConfig:
-    """Fill in what follows from other settings: run_name, block_size, min_lr; ~ in paths."""
+    """Derive run_name, block_size and min_lr from other settings; expand ~ in paths."""
     paths = {name: expanduser(getattr(cfg, name)) for name in PATHS}
     return dataclasses.replace(
         cfg,
@@ -307,17 +307,18 @@ def complete(cfg: TrainConfig) -> TrainConfig:
     )
 
 
-def as_listed(name: str) -> TrainConfig:
-    """Return a preset as PRESETS has it: what follows from others is None or empty."""
+def preset_defaults(name: str) -> TrainConfig:
+    """Return a preset before complete(): settings derived from others are None or empty."""
     if name not in PRESETS:
-        raise UserError(f"no preset {name!r}; hint: {near(name, PRESETS)}")
+        raise UserError(f"no preset {name!r}; hint: {suggest(name, PRESETS)}")
     base, changes = PRESETS[name]
-    return dataclasses.replace(as_listed(base) if base else TrainConfig(), **changes, preset=name)
+    settings = preset_defaults(base) if base else TrainConfig()
+    return dataclasses.replace(settings, **changes, preset=name)
 
 
 def fit_warmup(cfg: TrainConfig, notes: list[str]) -> TrainConfig:
     """Shorten the warm-up in proportion when a run is shorter than its preset, unless given."""
-    base = as_listed(cfg.preset)
+    base = preset_defaults(cfg.preset)
     if cfg.max_steps >= base.max_steps or "warmup_steps" in cfg.given:
         return cfg
     warmup_steps = base.warmup_steps * max(cfg.max_steps, 0) // base.max_steps
@@ -356,10 +357,10 @@ def from_command_line(argv: list[str]) -> tuple[TrainConfig, list[str]]:
             "no preset given: shakespeare, a small model on any machine; for GPT-2 (124M) on 4 "
             "GPUs: torchrun --standalone --nproc_per_node=4 train_gpt2.py gpt2-rope"
         )
-    listed = as_listed(name)
+    defaults = preset_defaults(name)
     groups = []
     for group, cls in GROUPS.items():
-        values = {f.name: getattr(listed, f.name) for f in dataclasses.fields(cls)}
+        values = {f.name: getattr(defaults, f.name) for f in dataclasses.fields(cls)}
         groups.append((group, tyro.conf.OmitArgPrefixes[cls], cls(**values)))
     parsed = parse(
         dataclasses.make_dataclass("Settings", groups, frozen=True),
@@ -406,9 +407,9 @@ def differences(cfg: TrainConfig, stored: dict) -> str:
     if cfg.init_from and cfg.init_from == old["init_from"]:
         free |= SHAPE  # the checkpoint's own
     changed = [key for key in new if key not in free and old[key] != new[key]]
-    return ", ".join(f"{key} {shown(old[key])} -> {shown(new[key])}" for key in changed)
+    return ", ".join(f"{k} {format_value(old[k])} -> {format_value(new[k])}" for k in changed)
 
 
-def shown(value) -> str:
-    """Return a setting as a message shows it: 0.1 * 1.5e-3 as 0.00015."""
+def format_value(value) -> str:
+    """Return a setting as it is printed: 0.1 * 1.5e-3 as 0.00015."""
     return f"{value:.10g}" if isinstance(value, float) else str(value)

@@ -47,7 +47,11 @@ def find_files(paths: tuple[str, ...]) -> list[str]:
     for path in paths:
         matches = [] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
         for match in matches or [path]:
-            files += (os.path.isdir(match) and files_below(match)) or [match]
+            below = files_below(match) if os.path.isdir(match) else []
+            if below:
+                files += below
+            else:  # a file, or for wrong_files() to report
+                files.append(match)
     return files
 
 
@@ -96,7 +100,7 @@ class LongText:
     path: str
     start: int  # in characters of the file
     end: int
-    size: int  # bytes in UTF-8, of a part about so many
+    size: int  # UTF-8 bytes; estimated for a part
     bar: tqdm
     bar_start: int  # what the bar showed before this file
 
@@ -247,7 +251,7 @@ def read_text(stream, path: str, source: dict) -> str | LongText:
 
     Counts <|endoftext|> in the manifest entry of its file.
     """
-    kept = []
+    beginning = []  # its chunks, while they may be the whole text
     length = marks = 0
     blank = True
     tail = ""  # of the chunk before: the start of a mark that ends in the next one
@@ -258,13 +262,13 @@ def read_text(stream, path: str, source: dict) -> str | LongText:
         marks += tail.count(END_OF_TEXT)
         tail = tail[1 - len(END_OF_TEXT) :]
         if length <= BLOCK:
-            kept.append(chunk)
+            beginning.append(chunk)
         else:
-            kept.clear()
+            beginning.clear()
     if marks:
         source["end_of_text"] = marks
     if length <= BLOCK or blank:
-        return "".join(kept)
+        return "".join(beginning)
     return LongText(path, 0, length, stream.tell(), tqdm(disable=True), 0)
 
 
@@ -281,7 +285,7 @@ def field(document, name: str):
 
 
 def to_text(item, kind: str, text_field: str, source: dict) -> str | LongText | None:
-    """Return the text of one of read_items(), None for null. ValueError when it is no text.
+    """Return the text of one of read_items(), None for null. ValueError when it is not text.
 
     Half a surrogate pair, which JSON can spell, becomes U+FFFD, as in tiktoken.
     """

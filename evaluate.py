@@ -1,4 +1,4 @@
-"""What is measured between steps: validation loss, HellaSwag, samples; a bigram model beside them.
+"""What is measured between steps: validation loss, HellaSwag, samples; and a bigram baseline.
 
 Results do not depend on the number of processes.
 """
@@ -55,7 +55,7 @@ class Evaluator:
         self.has_run = True
         if compiles:
             say(f"step {step} | evaluating, which compiles once more")
-        with self.stop.patient() if compiles else nullcontext():
+        with self.stop.allow_compiling() if compiles else nullcontext():
             return self.measure(step, started)
 
     def measure(self, step: int, started: float) -> dict:
@@ -90,7 +90,7 @@ class Evaluator:
                 n_bytes = self.token_bytes[targets[targets < N_VOCAB]].sum()
                 total += torch.tensor([nats.item(), len(targets), n_bytes])
         except UserError as e:  # a shard was cut, replaced or removed during the run
-            self.stop.ask(e)
+            self.stop.stop_with(e)
             self.stop.poll()
         nats, tokens, n_bytes = sum_over_ranks(total).tolist()
         bits_per_byte = nats / math.log(2) / n_bytes if n_bytes else None
@@ -147,11 +147,12 @@ def shortened(text: str, most: int = 8) -> str:
 def bigram_loss(
     train: shards.Windows, val: shards.Windows, val_tokens: int, largest: int = 5_000_000
 ) -> float | None:
-    """Return the validation loss, nats per token, of counting which token follows which.
+    """Return a bigram model's validation loss, nats per token.
 
-    A network has to beat it. p(b | a) = (n(ab) + k p(b)) / (n(a) + k) with p(b) = (n(b) + 1) / (N +
-    V) (MacKay and Peto 1995); k is the best of a few for this very split, so the yardstick is as
-    good as its kind can be. None when the training split has more than `largest` tokens.
+    A baseline that a network has to beat: p(b | a) = (n(ab) + k p(b)) / (n(a) + k) with p(b) =
+    (n(b) + 1) / (N + V) (MacKay and Peto 1995); k is the best of a few for this very split, so the
+    baseline is as strong as a bigram model can be. None when the training split has more than
+    `largest` tokens.
     """
     if train.sizes.sum() > largest:
         return None

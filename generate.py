@@ -66,7 +66,7 @@ def draw(logits: torch.Tensor, u: torch.Tensor, sampling: Sampling) -> torch.Ten
         V = logits.shape[-1]
         logits, ids = logits.topk(min(sampling.top_k or V, V))  # likeliest first
     logits = logits.float()
-    logits = logits - logits.amax(-1, keepdim=True)  # else a tiny temperature makes infinities
+    logits = logits - logits.amax(-1, keepdim=True)  # otherwise a tiny temperature makes infinities
     p = (logits / max(sampling.temperature, SMALLEST)).softmax(-1)
     # on the host: CUDA has no deterministic cumulative sum, MPS no float64
     p = p.cpu().double()
@@ -254,7 +254,7 @@ def sample_texts(
 class Settings(Sampling):
     """Continue texts with a trained model. Prompts come from the options, stdin or the terminal."""
 
-    # run directory, checkpoint, Hugging Face GPT-2 name or folder; else the newest run in log/
+    # run directory, checkpoint, Hugging Face GPT-2 name or folder; default: the newest run in log/
     model: PathText = ""
     prompt: tuple[str, ...] = ()  # texts to continue; "" is the beginning of a document
     file: PathText = ""  # prompts, one per line; - = stdin
@@ -343,7 +343,7 @@ def load_model(args: Settings) -> tuple[GPT, Callable]:
     source = args.model or hf.newest_run()
     device = pick_device(args.device)
     model = hf.load_for_text(source).eval()
-    n_parameters = model.num_params()  # packed weights are no parameters
+    n_parameters = model.num_params()  # packed weights are not parameters
     model = to_dtype(model, args.dtype, device, packed=not args.use_compile)
     decode_step = decode
     if args.use_compile:
@@ -358,7 +358,7 @@ def load_model(args: Settings) -> tuple[GPT, Callable]:
 
 
 def print_status(args: Settings, line: str):
-    """Print a line that is no sample: on stderr when stdout is JSON."""
+    """Print a line that is not a sample: on stderr when stdout is JSON."""
     show(f"{line}\n", sys.stderr if args.json else sys.stdout)
 
 

@@ -318,7 +318,7 @@ class ItemResult(NamedTuple):
 
 
 class HellaSwag:
-    """Items packed once for a model and kept on its device; each call measures it anew.
+    """Items packed once for a model and kept on its device; each call measures it again.
 
     Rows are split over the ranks and the losses summed: the result is the same on any number of
     them.
@@ -417,12 +417,12 @@ def for_training(limit: int, model, world: World, compute: Compute) -> HellaSwag
 class Scoring:
     """Measure the HellaSwag accuracy of a model."""
 
-    # run directory, checkpoint, Hugging Face GPT-2 name or folder; else the newest run in log/
+    # run directory, checkpoint, Hugging Face GPT-2 name or folder; default: the newest run in log/
     model: PathText = ""
     # gpt2: raw context, mean loss per token; harness: as in lm-eval 0.4.13
     protocol: Protocol = "gpt2"
     limit: int = 0  # items, spread over the set; 0 = all
-    data: PathText = ""  # jsonl or jsonl.gz; else the validation set, downloaded into data/
+    data: PathText = ""  # jsonl or jsonl.gz; default: the validation set, downloaded into data/
     out: PathText = ""  # file for the result, as JSON
     per_item: bool = False  # each item's choices and losses, too, in that file
     device: str = "auto"  # cuda, mps or cpu; auto takes the first of these that exists

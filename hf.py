@@ -26,12 +26,12 @@ from runtime.checkpoint import Checkpoint, Header
 from runtime.command_line import (
     PathText,
     UserError,
-    near,
     one_line,
     parse_command,
     printable,
     run_script,
     say,
+    suggest,
 )
 from runtime.files import atomic, read_json, remedy
 from runtime.runlog import read_metrics
@@ -119,7 +119,7 @@ def read_shape(where: str) -> GPTConfig:
 
 
 def has_checkpoint(where: str) -> bool:
-    """Tell whether a path is a run, a checkpoint or a directory of checkpoints."""
+    """Return whether a path is a run, a checkpoint or a directory of checkpoints."""
     path = Path(where)
     is_checkpoint = os.path.exists(path / "state.json")
     return is_checkpoint or bool(checkpoint.steps(path / "ckpt") or checkpoint.steps(path))
@@ -318,7 +318,7 @@ def fetch_from_hub(name: str) -> Path:
 
     if name not in REVISIONS:
         raise UserError(
-            f"{name!r} is neither a folder nor a name of OpenAI's; hint: {near(name, REVISIONS)}"
+            f"{name!r} is neither a folder nor a name of OpenAI's; hint: {suggest(name, REVISIONS)}"
         )
     # without a network, each of its six attempts would print a warning
     huggingface_hub.logging.set_verbosity_error()
@@ -405,11 +405,11 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     for path in weight_files(folder):
         try:
             if not path.is_file():  # a pipe would never end
-                raise FileNotFoundError("no regular file")
+                raise FileNotFoundError("not a regular file")
             stored = load_file(path)
         except (SafetensorError, OSError, RuntimeError) as e:
             raise UserError(
-                f"{path} cannot be read ({one_line(e)}); hint: copy it again, or write it anew: "
+                f"{path} cannot be read ({one_line(e)}); hint: copy it again, or write it again: "
                 "GPT2LMHeadModel.from_pretrained(OLD).save_pretrained(NEW)"
             ) from e
         for key, w in stored.items():
@@ -423,7 +423,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 def shape_only(config: GPTConfig, headers: dict[str, Header], source: str, hint: str) -> GPT:
     """Return a model without memory for weights, when it is one that the headers describe.
 
-    Raises UserError for weights that are missing, too many, of another shape, or no floats.
+    Raises UserError for weights that are missing, too many, of another shape, or not floats.
     """
     layers = {key.split(".")[1] for key in headers if key.startswith("h.")}
     if len(layers) != config.n_layer:

@@ -72,7 +72,7 @@ def rope_tables(
     return angle.cos(), angle.sin()
 
 
-# One operator to torch.compile, which would compute pow, cos and sin anew in every layer
+# One operator to torch.compile, which would compute pow, cos and sin again in every layer
 rope_operator = torch.library.custom_op("gpt2::rope_tables", rope_tables, mutates_args=())
 rope_operator.register_fake(rope_tables)
 
@@ -280,8 +280,7 @@ class GPT(nn.Module):
         if config.n_embd % divisor:
             raise ValueError(f"n_embd {config.n_embd} does not divide into {heads}")
         self.config = config
-        # activation checkpointing: store each block's input, recompute the rest in the backward
-        # pass
+        # activation checkpointing: keep each block's input, recompute the rest in the backward pass
         self.recompute = False
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         if not config.rotary:

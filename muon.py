@@ -20,10 +20,9 @@ class Muon(torch.optim.Optimizer):
 
     A matrix moves by about the orthogonal matrix nearest to its Nesterov momentum, times lr, so
     that every direction moves alike. Like torch.optim.Muon, but matrices of one shape are
-    multiplied together,
-    each process computes its share of them, and the q, k and v of an attention layer are three
-    matrices. Every process keeps all of the momentum: rank 0 alone writes a checkpoint, from which
-    any number of processes resumes.
+    multiplied together, each process computes its share of them, and the q, k and v of an attention
+    layer are three matrices. Every process keeps all of the momentum: rank 0 alone writes a
+    checkpoint, from which any number of processes resumes.
     """
 
     def __init__(
@@ -49,7 +48,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        """Make one update; none at all where found_inf (see step_if) is 1."""
+        """Make one update; none at all where found_inf (see step_if_finite) is 1."""
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None:
             self.adam.found_inf = found_inf

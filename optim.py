@@ -94,16 +94,16 @@ def has_fused_kernels(model: torch.nn.Module) -> bool:
     return next(model.parameters()).device.type in ("cpu", "cuda")
 
 
-def step_if(healthy: torch.Tensor, optimizer: torch.optim.Optimizer):
-    """Call optimizer.step(), or do nothing where `healthy` (0-d bool, on the device) is False.
+def step_if_finite(finite: torch.Tensor, optimizer: torch.optim.Optimizer):
+    """Call optimizer.step() if `finite` (0-d bool, on the device).
 
     Fused kernels skip the update on the device when found_inf, a hook for gradient scalers, is 1:
     no GPU sync.
     """
     if optimizer.defaults["fused"]:
-        optimizer.found_inf = (~healthy).float()
+        optimizer.found_inf = (~finite).float()
         optimizer.step()
-    elif healthy:
+    elif finite:
         optimizer.step()
 
 

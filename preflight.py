@@ -12,7 +12,7 @@ import torch
 import hf
 import prepare
 import shards
-from config import SHAPE, TrainConfig, as_listed, as_stored, fit_warmup, shown
+from config import SHAPE, TrainConfig, as_stored, fit_warmup, format_value, preset_defaults
 from model import GPT
 from runtime.command_line import UserError, say
 from runtime.device import Compute, autocast_dtype, peak_flops
@@ -115,7 +115,7 @@ def refuse_missing_data(cfg: TrainConfig):
 
 def open_data(cfg: TrainConfig) -> Data:
     """Open the shards of both splits; the default run's are made if need be. Raises UserError."""
-    if cfg.preset == "shakespeare" and cfg.data_root == as_listed("shakespeare").data_root:
+    if cfg.preset == "shakespeare" and cfg.data_root == preset_defaults("shakespeare").data_root:
         on_rank0(lambda: prepare.shakespeare(cfg.data_root))
     train, val = (open_shards(cfg.data_root, split, cfg.T) for split in ("train", "val"))
     return Data(
@@ -152,7 +152,7 @@ def describe(cfg: TrainConfig, data: Data, world: World):
     if sum_over_ranks(torch.tensor(fingerprint)).item() != fingerprint * world.world_size:
         raise UserError(
             f"the processes see different shards in {cfg.data_root}; hint: the same files on all "
-            "machines, and no download going on while a run starts"
+            "machines, and no download in progress while a run starts"
         )
 
 
@@ -171,7 +171,7 @@ def print_plan(cfg: TrainConfig, model: GPT, world: World):
         for k, v in as_stored(cfg).items()
         if v != defaults[k] and k not in ("dry_run", "given")
     }
-    say(f"plan | settings: {', '.join(f'{k} {shown(v)}' for k, v in changed.items())}")
+    say(f"plan | settings: {', '.join(f'{k} {format_value(v)}' for k, v in changed.items())}")
     tokens = cfg.max_steps * cfg.total_batch
     flops = tokens * model.flops_per_token(cfg.T)
     say(

@@ -232,7 +232,7 @@ def ask_hub(repository: str, request: Callable):
 
 
 def may_pass(e: BaseException) -> bool:
-    """Tell whether what huggingface_hub raised can be over in a while.
+    """Return whether what huggingface_hub raised can be over in a while.
 
     Connections that fail, rate limits and server errors can; refusals and full disks cannot.
     """
@@ -289,7 +289,7 @@ class Dataset:
     # the only one with training files; "." is all of them
     config: str = ""
     text_field: str = "text"  # column that holds the text
-    # commit of the repository; default: a fixed one for FineWeb-Edu, else today's
+    # commit of the repository; default: a fixed one for FineWeb-Edu, otherwise the newest
     revision: str = ""
     shard_tokens: int = SHARD_TOKENS  # tokens in one shard file, and of validation
     name: str = "edufineweb"  # first part of the shards' file names
@@ -609,7 +609,7 @@ def pick(listed: list[dict], folder: str, place: str) -> list[dict]:
 
 
 def is_input(file: dict) -> bool:
-    """Tell whether an input file has a plain name, bytes, and a SHA-256 or None."""
+    """Return whether an input file has a plain name, bytes, and a SHA-256 or None."""
     name, size, digest = (file[key] for key in ("name", "bytes", "sha256"))
     return is_plain(name) and type(size) is int and isinstance(digest, str | None)
 

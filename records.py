@@ -36,7 +36,7 @@ from runtime.runlog import (
     read_metrics,
 )
 from runtime.stop import Diverged, Stop
-from runtime.world import World, least_over_ranks, on_rank0
+from runtime.world import World, min_over_ranks, on_rank0
 from shard_files import DamagedShard
 
 
@@ -94,8 +94,8 @@ class Records:
         try:
             make_directory(cfg.run_dir)
             self.log.open(cfg.run_dir, self.start_step, self.unwritten_lines)
-            for mark in ("finished.json", "diverged.json"):
-                (cfg.run_dir / mark).unlink(missing_ok=True)
+            for marker in ("finished.json", "diverged.json"):
+                (cfg.run_dir / marker).unlink(missing_ok=True)
             write_json(cfg.run_dir / "config.json", dataclasses.asdict(cfg))
             self.write_environment(machine)
         except OSError as e:
@@ -112,7 +112,7 @@ class Records:
             self.lock.close()
 
     def write_environment(self, machine: dict):
-        """Write env.json, with what computed the parts of the run before this one."""
+        """Write env.json, which also keeps the machines of the run's earlier parts."""
         path = self.cfg.run_dir / "env.json"
         try:
             earlier = json.loads(path.read_text()) if self.start_step else None
@@ -121,10 +121,13 @@ class Records:
         content, changes = add_part(earlier, machine, self.start_step)
         write_json(path, content)
         if changes:
-            say(f"resume | computes otherwise than before, the last digits may differ: {changes}")
+            say(
+                "resume | hardware or software changed, losses may differ in the last digits: "
+                f"{changes}"
+            )
 
     def machine(self) -> dict:
-        """Return what computes this run, for env.json."""
+        """Return hardware, software and settings of this run, for env.json."""
         device = self.world.device
         dtype = autocast_dtype(device, self.cfg.dtype)
         head_width = self.model.config.n_embd // self.model.config.n_head
@@ -152,7 +155,7 @@ class Records:
         return state
 
     def save_due(self) -> bool:
-        """Tell whether --save_minutes have passed since the last checkpoint."""
+        """Return whether --save_minutes have passed since the last checkpoint."""
         return self.saver is not None and self.saver.due()
 
     def save(self, step: int):
@@ -163,13 +166,13 @@ class Records:
         """
         started = time.perf_counter()
         if self.saver and (wrong := self.saver.not_finite()):
-            self.stop.ask(self.diverged(f"{wrong} is NaN or infinite at step {step}"))
+            self.stop.stop_with(self.diverged_error(f"{wrong} is NaN or infinite at step {step}"))
         diverged = isinstance(self.stop.error, Diverged)
         if self.wrong_since() == math.inf and self.saver and not diverged:
             self.saver.save(step, self.state())
         self.meter.paused("save", self.cfg.save_interval, time.perf_counter() - started)
 
-    def stopped(self, step: int):
+    def save_on_stop(self, step: int):
         """Save what an interrupted run has learned; after wrong data set checkpoints aside instead.
 
         A damaged shard may have been wrong for a while, so checkpoints since then go, too.
@@ -195,46 +198,48 @@ class Records:
                 windows.check_file(shard)
             except UserError as e:
                 errors.append(e)
-                self.stop.ask(e)
+                self.stop.stop_with(e)
             self.stop.last_poll = time.monotonic()  # a touched shard is read whole
         paths = [shard.path for shard in windows.shards]
         since = math.inf
         for e in errors:
             if isinstance(e, DamagedShard) and e.path in paths:
                 since = min(since, e.since, time.time())
-        return least_over_ranks(since)
+        return min_over_ranks(since)
 
-    def evaluation(self, record: dict, has_checkpoint: bool):
+    def log_evaluation(self, record: dict, has_checkpoint: bool):
         """Log an evaluation; with a checkpoint of the same step it may become the best one."""
         self.log.write(record)
         self.val_loss = record["val/loss"]
         finite = math.isfinite(self.val_loss)
         if not finite:
             step = record["step"]
-            self.stop.ask(self.diverged(f"the validation loss is {self.val_loss} at step {step}"))
+            self.stop.stop_with(
+                self.diverged_error(f"the validation loss is {self.val_loss} at step {step}")
+            )
         if self.saver:
             if has_checkpoint and finite:
                 self.saver.losses[record["step"]] = self.val_loss
             self.draw_curves()
         self.meter.paused("evaluation", self.cfg.eval_interval, record["eval_ms"] / 1e3)
 
-    def sampled(self, seconds: float):
+    def note_sampling_time(self, seconds: float):
         """Note how long it took to draw samples."""
         self.meter.paused("samples", self.cfg.sample_interval, seconds)
 
-    def step(
+    def log_step(
         self,
         step: int,
         lr: float,
         loss: torch.Tensor,
         norm: torch.Tensor,
-        healthy: torch.Tensor,
+        finite: torch.Tensor,
         save_due: bool,
     ):
         """Record an update; the device is read only when a line is due or training pauses."""
         cfg = self.cfg
         waited, digest = self.loader.totals()
-        self.meter.add(step, lr, torch.stack([loss, norm, healthy.float()]), waited, digest)
+        self.meter.add(step, lr, torch.stack([loss, norm, finite.float()]), waited, digest)
         if step == self.start_step + 1 and self.saver:
             self.saver.reserve()
         pauses = cfg.save_interval, cfg.eval_interval, cfg.sample_interval
@@ -242,15 +247,15 @@ class Records:
             self.meter.flush()
         skipped = self.meter.most_skipped  # since the last look good steps may have followed
         if skipped >= cfg.max_skipped:
-            self.stop.ask(
-                self.diverged(
+            self.stop.stop_with(
+                self.diverged_error(
                     f"{skipped} steps in a row skipped by step {self.meter.last_read}, their "
                     "loss or gradient is NaN or infinite"
                 )
             )
 
-    def diverged(self, what: str) -> Diverged:
-        """Return the error that ends a run which more steps cannot mend."""
+    def diverged_error(self, what: str) -> Diverged:
+        """Return the error that ends a run which more steps cannot fix."""
         on_gpu = ""
         if self.world.device.type == "cuda":
             on_gpu = "; or, first, TORCH_CUDNN_SDPA_DEPRIORITIZED=1 (notes/running.md)"
@@ -260,7 +265,7 @@ class Records:
         return Diverged(f"{what}; hint: a lower --max_lr under a new --run_name{start}{on_gpu}")
 
     def measure_bigram(self, val_data: shards.Windows):
-        """Log the loss of counting pairs of tokens, a loss to beat; small data only."""
+        """Log the validation loss of a bigram model, a loss to beat; small data only."""
         if self.world.rank != 0:
             return
         try:
@@ -269,10 +274,7 @@ class Records:
             say(f"bigram | not measured: {one_line(e)}")
         if self.bigram is None:
             return
-        say(
-            f"bigram | val loss {self.bigram:.4f} is what counting pairs of tokens gets on this "
-            "split"
-        )
+        say(f"bigram | a bigram model gets val loss {self.bigram:.4f} on this split")
         if self.start_step == 0:
             self.log.write({"step": 0, "val/bigram": self.bigram})
 
@@ -287,10 +289,10 @@ class Records:
             say(f"curves | {compare.not_drawn(e)}")
 
     def close_checkpoints(self) -> bool:
-        """Wait for the last checkpoint; tell whether it was written."""
+        """Wait for the last checkpoint; return whether it was written."""
         return self.saver is None or self.saver.close()
 
-    def not_saved(self) -> UserError:
+    def not_saved_error(self) -> UserError:
         """Return the error that ends a run whose last checkpoint could not be written."""
         return UserError(
             f"the last checkpoint could not be written to {self.cfg.checkpoint_dir}; "
@@ -315,26 +317,26 @@ class Records:
         say(f"           python {next_command}")
 
     def close(self, finished: bool, saved: bool):
-        """Close the log, mark how the run ended. What it can do without comes last.
+        """Close the log, write how the run ended, draw the curves.
 
-        Raises UserError for a finished run whose last checkpoint, lines or mark were not written.
+        Raises UserError for a finished run whose last checkpoint, lines or marker were not written.
         """
         self.log.close()
         error = self.log.error
         if self.saver:
             if finished and saved and not error:
                 content = {"step": self.cfg.max_steps, "val_loss": self.val_loss}
-                error = write_mark(self.cfg, "finished.json", content)
+                error = write_marker(self.cfg, "finished.json", content)
             elif isinstance(self.stop.error, Diverged):
                 content = {"error": str(self.stop.error)}
-                failure = write_mark(self.cfg, "diverged.json", content)
+                failure = write_marker(self.cfg, "diverged.json", content)
                 if failure:
                     hint = remedy(failure, self.cfg.run_dir)
                     say(f"diverged.json not written: {one_line(failure)}; hint: {hint}")
             self.draw_curves()
         self.close_log_and_unlock()
         if finished and not saved:
-            raise self.not_saved()
+            raise self.not_saved_error()
         if finished and error:
             raise UserError(
                 "training is done, but not all of its records could be written to "
@@ -486,18 +488,18 @@ def refuse_to_mix(cfg: TrainConfig) -> bool:
 def refuse_to_diverge_again(cfg: TrainConfig):
     """Raise UserError when torchrun itself (--max-restarts) restarts a run that has diverged.
 
-    The same command given again is another matter, something may have been mended: it removes the
-    mark, for a restart of its own to find none.
+    The same command given by the user again trains, as something may have been fixed: it removes
+    the marker, so that torchrun's own restarts of that launch find none.
     """
-    mark = cfg.run_dir / "diverged.json"
+    marker = cfg.run_dir / "diverged.json"
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if restarts == "0":
         with contextlib.suppress(OSError):
-            mark.unlink()
-    elif mark.exists():
+            marker.unlink()
+    elif marker.exists():
         raise UserError(
             f"{cfg.run_dir} has diverged, restart {restarts} by torchrun would end the same; "
-            f"hint: {mark} says how"
+            f"hint: {marker} says how"
         )
 
 
@@ -562,8 +564,8 @@ def data_to_resume(
         raise UserError(
             f"{cfg.data_root} is not the data this run began with (fingerprint "
             f"{shard_files.fingerprints(train_data.shards)[-1]}, was {began_with}); hint: restore "
-            f"it, --run_name {cfg.run_name}-2 starts anew with this one, or --accept_new_data True "
-            "goes on regardless"
+            f"it, --run_name {cfg.run_name}-2 starts a new run with this one, or "
+            "--accept_new_data True continues regardless"
         )
     note = "" if same_data else ", with other data than it began with"
     say(f"resume | step {resume_from.step} from {resume_from.path}{note}")
@@ -582,10 +584,10 @@ def data_of_run(windows: shards.Windows, fingerprint: str) -> shards.Windows | N
     return shards.Windows(first, windows.T, windows.data_order, windows.seed, windows.vocab_size)
 
 
-def write_mark(cfg: TrainConfig, name: str, content: dict) -> OSError | None:
-    """Write how a run ended, for scripts to test for: torchrun's exit status does not tell.
+def write_marker(cfg: TrainConfig, name: str, content: dict) -> OSError | None:
+    """Write a file that says how a run ended: scripts cannot tell from torchrun's exit status.
 
-    A disk that fails once is tried again. Returns why it could not be written.
+    A disk that fails once is tried again. Returns why the file could not be written.
     """
     error = None
     for _ in range(2):

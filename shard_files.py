@@ -81,7 +81,7 @@ def stamp(path: str) -> tuple:
 def open_shard(path: str) -> Shard:
     """Check a shard's header against the file's size. Raises ValueError saying what is wrong."""
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for a writer
-        raise ValueError("it is no regular file")
+        raise ValueError("it is not a regular file")
     file_stamp = stamp(path)
     size = file_stamp[0]
     with open(path, "rb") as f:
@@ -172,8 +172,8 @@ def open_hint(problems: list[str], split: str) -> str:
         share = ", with a larger --val_share" if split == "val" else ""
         hints = [f"lower --T, or prepare more text{share}"]
     for problem in problems:
-        path, found, _ = problem.partition(f": {NO_BIN_HEADER}")
-        if found:
+        path, bin_problem, _ = problem.partition(f": {NO_BIN_HEADER}")
+        if bin_problem:
             command = f"import numpy as n; n.save({path[:-4]!r}, n.fromfile({path!r}, n.uint16))"
             hints.append(
                 f'if {path} holds bare uint16 ids, as nanoGPT\'s does: python -c "{command}" '
@@ -240,7 +240,7 @@ def check_entry(shard: dict):
 
 
 def is_plain(name) -> bool:
-    """Tell whether a name is plain text: control characters could forge lines of output."""
+    """Return whether a name is plain text: control characters could forge lines of output."""
     return isinstance(name, str) and "\n" not in name and printable(name) == name
 
 
@@ -306,9 +306,9 @@ def unreadable(path: str, e: OSError) -> UserError:
 
 
 def same_content(shard: Shard, now: tuple) -> bool:
-    """Tell whether a file that was written or replaced, stamp `now`, has the shard's content still.
+    """Return whether a file that was rewritten or replaced still has the shard's content.
 
-    Without a SHA-256 in manifest.json nothing can be told.
+    `now` is its stamp. False without a SHA-256 in manifest.json to compare with.
     """
     try:
         same_size = now[0] == shard.stamp[0] and shard.sha256
@@ -420,7 +420,7 @@ def is_whole(root: str | Path, record: dict) -> bool:
 
 
 def refuse_file(root: str | Path):
-    """Raise UserError when root is no directory but exists."""
+    """Raise UserError when root exists and is not a directory."""
     if os.path.exists(root) and not os.path.isdir(root):
         raise UserError(f"{root} is a file; hint: --out a new directory")
 

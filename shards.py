@@ -31,8 +31,8 @@ from shard_files import (
 )
 from tokenizer import EOT
 
-# at most once in so many seconds a shard's size and mtime are compared with those at the start:
-# that takes 2 us, reading a window 3
+# seconds between comparisons of a shard's size and mtime with those at the start: one takes 2 us,
+# reading a window 3
 CHECK_SECONDS = 1.0
 LOCATE_AT_ONCE = 4096  # windows located together: 0.16 us each; 64 at a time 1.4 us (one CPU core)
 MAX_OPEN_FILES = 256  # well below the usual limit of 1,024
@@ -60,7 +60,7 @@ def derive_keys(n: int, *words: int) -> list[int]:
 
 
 def order(seed: int, epoch: int, n: int, i: np.ndarray) -> np.ndarray:
-    """Return the items at places i of a permutation of range(n), which (seed, epoch) choose.
+    """Return entries i of a random permutation of range(n), seeded by (seed, epoch).
 
     A Feistel network on pairs (left, right) in Z_a x Z_b with a * b just above n, so it needs O(1)
     memory; a result beyond n goes through again until it is below ("cycle walking", Black and
@@ -87,10 +87,10 @@ class Windows:
     """The endless sequence of windows of a split: position p (0, 1, 2, ...) to T + 1 token ids.
 
     data_order "sequential" reads as on disk, every epoch alike except for its offset; "documents"
-    shuffles shards, and documents within a shard, anew in each epoch; "global" permutes all
-    windows. All three read every window of an epoch once. In epoch e > 0 the first offset(e) < T
-    tokens of each shard are left out, so that windows are cut elsewhere; with the remainder that is
-    less than 2T tokens of a shard.
+    reshuffles shards, and documents within a shard, in each epoch; "global" permutes all windows.
+    All three read every window of an epoch once. Epoch e > 0 leaves out the first offset(e) < T
+    tokens of each shard, so windows are cut at other places; with the remainder at the end, fewer
+    than 2T tokens per shard are unread.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Windows:
         return int(self.counts(epoch).sum())
 
     def in_epochs(self, epochs: float) -> int:
-        """Count the windows of the first `epochs` epochs, a number that need not be whole."""
+        """Count the windows of the first `epochs` epochs, which may be fractional."""
         whole = int(epochs)
         windows = sum(self.per_epoch(epoch) for epoch in range(whole))
         return int(windows + epochs % 1 * self.per_epoch(whole))
@@ -212,7 +212,7 @@ class Windows:
         raise DamagedShard(f"{path} {change} since the run began; {RESTORE_HINT}", path)
 
     def read_tokens(self, row: np.ndarray, shard: int, token: int):
-        """Fill a row with the tokens of a shard from number `token` on."""
+        """Fill a row with the tokens of a shard that begin at number `token`."""
         # Unbuffered reads, no memory map: mapped pages count as this process's memory, and a shard
         # that shrinks is a crash (SIGBUS) instead of an error that names it.
         path = self.shards[shard].path

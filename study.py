@@ -165,11 +165,11 @@ def train_all(argvs: list[list[str]]):
                 say("interrupted; to resume: the same command again")
                 sys.exit(INTERRUPTED)
             if status == Diverged.status:
-                say(f"{cfg.run_name} has diverged; the study goes on")
+                say(f"{cfg.run_name} has diverged; the study continues")
             elif status:
                 raise UserError(
                     f"{cfg.run_name} ended with status {status}; hint: see above; the same command "
-                    "resumes, another --log_dir starts anew"
+                    "resumes, another --log_dir starts a new study"
                 )
     finally:
         for number, handler in handlers.items():

@@ -128,7 +128,7 @@ FOREIGN_FILES = ("vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.
 def tokenizer_difference(folder: Path) -> str:
     """Tell how the tokenizer in a Hugging Face folder differs from GPT-2's; "" when it does not.
 
-    Tokens added behind GPT-2's are no difference, nor is a folder without a tokenizer.
+    Tokens added after GPT-2's do not count as a difference, nor does a missing tokenizer.
     """
     for name in FOREIGN_FILES:
         if (folder / name).exists():

@@ -108,9 +108,9 @@ def train_loop(run: Run) -> tuple[int, bool]:
                 run.records.save(step)
             if last_step or step % cfg.eval_interval == 0:
                 has_checkpoint = saves or step == run.start_step > 0
-                run.records.evaluation(run.evaluate(step), has_checkpoint)
+                run.records.log_evaluation(run.evaluate(step), has_checkpoint)
             if last_step or (step > 0 and step % cfg.sample_interval == 0):
-                run.records.sampled(run.evaluate.samples(step))
+                run.records.note_sampling_time(run.evaluate.samples(step))
                 run.stop.poll()
             if last_step:
                 return step, True
@@ -127,14 +127,14 @@ def train_loop(run: Run) -> tuple[int, bool]:
                     loss = run.train_model(batch.x, batch.y)
                 run.gradients.add(loss)
             loss, norm = run.gradients.finish(cfg.grad_norm_clip)
-            healthy = torch.isfinite(loss) & torch.isfinite(norm)  # the same in all processes
-            optim.step_if(healthy, optimizer)
+            finite = torch.isfinite(loss) & torch.isfinite(norm)  # the same in all processes
+            optim.step_if_finite(finite, optimizer)
             optimizer.zero_grad(set_to_none=True)
 
             # diagnostics only from here on
-            run.records.step(step + 1, lr, loss, norm, healthy, save_due)
+            run.records.log_step(step + 1, lr, loss, norm, finite, save_due)
     except Stopped:
-        run.records.stopped(step)
+        run.records.save_on_stop(step)
         return step, False
 
 
@@ -145,8 +145,8 @@ def train_loop(run: Run) -> tuple[int, bool]:
 def train(cfg: TrainConfig) -> Result:
     """Train as the command does, from Python; also in a notebook or a thread.
 
-    An interrupt (in the main thread) saves a checkpoint and returns; the same call resumes. torch's
-    global settings and the signal handlers are given back. Raises UserError for what the command
+    An interrupt (in the main thread) saves a checkpoint and returns; the same call resumes.
+    Restores torch's global settings and the signal handlers. Raises UserError for what the command
     would report.
     """
     with torch_settings_restored():
@@ -156,11 +156,14 @@ def train(cfg: TrainConfig) -> Result:
 
 
 def launch(cfg: TrainConfig, world: World, stop: Stop) -> Result:
-    """Run all stages. Raises UserError, and Stopped when interrupted before the first step."""
+    """Call run_stages() and turn its errors into messages for users.
+
+    Raises UserError, and Stopped before the first step.
+    """
     try:
         return run_stages(cfg, world, stop)
     except (Stopped, Exception) as e:
-        # a signal before the first step raises Stopped; an import may turn it into another error
+        # an interrupted import may replace Stopped by an error of its own
         if isinstance(e, Stopped) or (stop.reason and not stop.armed):
             if stop.error:
                 raise stop.error from None
@@ -190,7 +193,7 @@ TO_RESUME = "to resume: the same command again"
 
 
 def run_stages(cfg: TrainConfig, world: World, stop: Stop) -> Result:
-    """Check, resume or begin, train, finish; or stop after what --dry_run and --eval_only ask."""
+    """Check, resume or begin, train, finish; --dry_run and --eval_only end before training."""
     cfg, data = check(with_shape(cfg), world)
     cfg, resume_from = records.resume_point(cfg)
     trains = not (cfg.eval_only or cfg.dry_run)
@@ -209,7 +212,7 @@ def run_stages(cfg: TrainConfig, world: World, stop: Stop) -> Result:
     run = set_up(cfg, model, resume_from, data, world, stop)
     try:
         run.records.measure_bigram(data.val)
-        warm_up(run)
+        first_pass(run)
         step, finished = train_loop(run)
         return finish(run, step, finished)
     except BaseException:
@@ -224,7 +227,7 @@ def already_finished(
     """Return the result of a run that has finished before."""
     say(
         f"already finished: {cfg.run_dir} has {cfg.max_steps} of {cfg.max_steps} steps; "
-        f"hint: --run_name {cfg.run_name}-2 starts anew, "
+        f"hint: --run_name {cfg.run_name}-2 starts a new run, "
         f"python generate.py --model {cfg.run_dir} samples from it"
     )
     model = hf.empty_model(resume_from).to(world.device)
@@ -267,7 +270,7 @@ def evaluate_only(
         checkpoint.restore(resume_from, model)
     compute = start_computing(cfg, model, world.device)
     if cfg.B == "auto":
-        with stop.patient():
+        with stop.allow_compiling():
             B = fit_batch(cfg, model, model, compute, 0, world)
         cfg = dataclasses.replace(cfg, B=B)
     step = resume_from.step if resume_from else 0
@@ -293,7 +296,7 @@ def set_up(
     compute = start_computing(cfg, model, world.device)
     train_model = compute.compile(model)
     ddp = None
-    if dist.is_initialized() and not cfg.deterministic:  # else optim.add_in_order exchanges
+    if dist.is_initialized() and not cfg.deterministic:  # otherwise add_in_order() exchanges
         ddp = DDP(train_model, [world.device] if world.device.type == "cuda" else None)
         train_model = ddp
     cfg = dataclasses.replace(cfg, use_compile=compute.compiled)
@@ -302,14 +305,14 @@ def set_up(
         copies = (0 if resume_from else 2) + dist.is_initialized()
         reserved = copies * sum(4 * p.numel() for p in model.parameters())
         # train_model: DDP cuts the compiled graph, so it needs another amount of memory
-        with stop.patient():
+        with stop.allow_compiling():
             B = fit_batch(cfg, model, train_model, compute, reserved, world)
         cfg = dataclasses.replace(cfg, B=B)
     micro_steps = count_micro_steps(cfg, world)
     evaluate = Evaluator(cfg, model, data.val, compute, world, stop)
     start_step = resume_from.step if resume_from else 0
     loader = shards.Loader(
-        data.train, cfg.total_batch, cfg.B, world, start_step, cfg.batch_hashes, stop.ask
+        data.train, cfg.total_batch, cfg.B, world, start_step, cfg.batch_hashes, stop.stop_with
     )
     try:
         run_records = records.Records(cfg, model, optimizer, loader, resume_from, world, stop)
@@ -344,15 +347,17 @@ def count_micro_steps(cfg: TrainConfig, world: World) -> int:
     return micro_steps
 
 
-def warm_up(run: Run):
-    """Compile the kernels in a pass on made-up tokens: the first step is timed like others."""
+def first_pass(run: Run):
+    """Run one forward and backward pass on dummy tokens: no step's time includes compiling."""
+    name = "first pass"
     if run.compute.compiled:
-        say("warm-up | compiling, once: about 20 s on a CPU, a minute or two on a GPU")
+        name = "compile"
+        say("compile | once: about 20 s on a CPU, a minute or two on a GPU")
     started = time.perf_counter()
-    with run.stop.patient():
+    with run.stop.allow_compiling():
         run.compute.try_pass(run.train_model, run.cfg.B, run.cfg.T)
     run.optimizer.zero_grad(set_to_none=True)
-    say(f"warm-up | {time.perf_counter() - started:.1f} s")
+    say(f"{name} | {time.perf_counter() - started:.1f} s")
     run.stop.poll()
     run.records.restart_clock()
 
@@ -395,7 +400,7 @@ def main():
         dist.destroy_process_group()
         sys.stdout.flush()
         # skip Python's shutdown: a gloo thread that still frees a tensor aborts the process there
-        # (SIGABRT in 2 of 84 processes of DDP and all_reduce alone)
+        # (in 2 of 84 processes)
         os._exit(status)
     if status:
         sys.exit(status)

@@ -191,7 +191,7 @@ template <class T> static void words_across(const T* x, long n, long D, uint32_t
 static inline Floats exp(Floats x) {
     const float round = 12582912;  // 1.5 x 2^23: a sum with it has no room for a fraction
     x *= 1.44269504f;
-    x = x < -125.f ? Floats{} - 125.f : x;  // in this order what is no number stays none
+    x = x < -125.f ? Floats{} - 125.f : x;  // in this order NaN stays NaN
     const Floats whole = x + round, f = x - (whole - round);
     const Floats p = 1.f + f * (6.9314718e-1f + f * (2.4022651e-1f + f * (5.5504109e-2f + f * (9.6181291e-3f +
                            f * (1.3333558e-3f + f * 1.5403530e-4f)))));

@@ -18,7 +18,7 @@ typedef uint32_t Bits __attribute__((vector_size(4 * W)));
 template <class Vector, class T>
 static inline Vector load(const T* p) { Vector v; memcpy(&v, p, sizeof v); return v; }
 
-// The 16 numbers at p as floats. (Eight bytes are no vector to this compiler: int8 goes by way of 16 int16.)
+// The 16 numbers at p as floats. (To this compiler eight bytes are not a vector: int8 is converted through 16 int16.)
 static inline void widen(const uint16_t* p, Floats* v) {  // a bfloat16 is the upper half of a float32
     typedef uint16_t Halves __attribute__((vector_size(2 * W)));
     for (int i = 0; i < V; i++) v[i] = (Floats)(__builtin_convertvector(load<Halves>(p + W * i), Bits) << 16);

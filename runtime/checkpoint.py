@@ -20,7 +20,6 @@ import stat
 import sys
 import time
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -140,12 +139,12 @@ class Saver:
         self.saved_at = time.monotonic()
         self.losses: dict[int, float] = {}  # validation losses of the steps with a checkpoint
         self.last_saved = ""  # name of the newest checkpoint
-        self.remedy = ""  # against what the last failed save failed of
+        self.remedy = ""  # hint for the last failed save
         self.thread = worker_thread("saver", self.device)
         self.writing = self.thread.submit(lambda: True)
 
     def due(self) -> bool:
-        """Tell whether --save_minutes have passed since the last save."""
+        """Return whether --save_minutes have passed since the last save."""
         seconds = 60 * self.cfg.save_minutes
         return 0 < seconds < time.monotonic() - self.saved_at
 
@@ -262,7 +261,7 @@ class Saver:
             say(f"checkpoints | older ones not deleted: {one_line(e)}")
 
     def wait(self) -> bool:
-        """Wait for the thread; tell whether the last save succeeded."""
+        """Wait for the thread; return whether the last save succeeded."""
         return self.writing.result()
 
     def close(self) -> bool:
@@ -304,7 +303,7 @@ def refuse_not_finite(tensors: dict[str, dict[str, torch.Tensor]]):
 
 
 def is_finite(t: torch.Tensor) -> bool:
-    """Tell whether a tensor in host memory is finite all over in float32, the model's type."""
+    """Return whether all values of a tensor in host memory are finite in float32."""
     t = t.float()
     # one pass without a copy, in numpy, because torch would start a second OpenMP thread pool;
     # NaN and infinity survive every sum
@@ -315,7 +314,7 @@ def is_finite(t: torch.Tensor) -> bool:
 
 
 def pin(block: torch.Tensor) -> bool:
-    """Pin host memory, which copies from a GPU to it need for full speed; tell whether it worked.
+    """Pin host memory, for copies from a GPU at full speed; return whether that worked.
 
     torch's own pin_memory would round 1.5 GB up to 2.
     """
@@ -406,7 +405,7 @@ def cannot_write(cfg, e: BaseException) -> UserError:
 
 
 def try_saving(ckpt_dir: Path):
-    """Write, read back and delete a small checkpoint. Raises what a save would fail of."""
+    """Write, read back and delete a small checkpoint. Raises the error that a save would raise."""
     trial = ckpt_dir / ".trial"
     remove(trial)
     try:
@@ -437,12 +436,6 @@ def need_space(ckpt_dir: Path, model: torch.nn.Module, keep_last: int):
 # reading
 
 
-def report(message: str):
-    """Print a line on stderr: standard output may be what a program reads (generate.py --json)."""
-    with redirect_stdout(sys.stderr):
-        say(message)
-
-
 class Unreadable(UserError):
     """Something that is there and cannot be read: no damage, so nothing is renamed for it."""
 
@@ -463,8 +456,8 @@ ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 def read(path: Path) -> Checkpoint:
     """Read a checkpoint's state and check its files.
 
-    Raises UserError naming what is damaged, and Unreadable for what cannot be read, also not when
-    it is tried again.
+    Raises UserError naming what is damaged, and Unreadable for what cannot be read even when
+    retried.
     """
     for seconds in (*READ_AGAIN, None):
         try:
@@ -472,7 +465,8 @@ def read(path: Path) -> Checkpoint:
         except OSError as e:
             if seconds is None or isinstance(e, PermissionError):
                 raise unreadable(Path(e.filename or path), e) from e
-            report(f"checkpoint | read again in {seconds} s: {one_line(e)}")
+            # stderr, because a program may read stdout (generate.py --json)
+            say(f"checkpoint | read again in {seconds} s: {one_line(e)}", sys.stderr)
         time.sleep(seconds)
 
 
@@ -546,7 +540,7 @@ def newest(
     while paths := [path for path in steps(ckpt_dir) if path not in bad]:
         path, why = paths[-1], DAMAGED
         if error is not reported:  # the last one's is raised below instead
-            report(f"checkpoint skipped | {error}")
+            say(f"checkpoint skipped | {error}", sys.stderr)
             reported = error
         try:
             checkpoint = read(path)
@@ -561,7 +555,7 @@ def newest(
                 error = e
             continue
         if rename_bad:
-            pass_over(bad)
+            set_aside_invalid(bad)
         return checkpoint
     if error is not None:
         raise UserError(
@@ -584,7 +578,7 @@ def rename_aside(path: Path, why: str) -> Path:
     return aside
 
 
-def pass_over(bad: dict[Path, str]):
+def set_aside_invalid(bad: dict[Path, str]):
     """Rename invalid checkpoints; of all damaged ones keep the newest alone. Raises UserError."""
     newest_damaged = None
     for path, why in bad.items():  # newest first
@@ -660,7 +654,7 @@ def read_header(path: Path) -> dict[str, Header]:
     """Return shape and type of each tensor in a file by its name, without reading the tensors."""
     header = {}
     with safe_open(path, "pt") as f:
-        for name in f.keys():  # noqa: SIM118  it is no dictionary
+        for name in f.keys():  # noqa: SIM118  it is not a dictionary
             tensor = f.get_slice(name)
             header[name] = Header(tuple(tensor.get_shape()), tensor.get_dtype())
     return header
@@ -700,7 +694,7 @@ def not_loaded(path: Path, e: Exception) -> UserError:
         return Gone(f"{path} is gone; hint: the same command again finds a newer checkpoint")
     except OSError as not_opened:
         return unreadable(path, not_opened)
-    return UserError(f"{path} is no file of tensors ({one_line(e)}); hint: another checkpoint")
+    return UserError(f"{path} is not a file of tensors ({one_line(e)}); hint: another checkpoint")
 
 
 def load_weights(checkpoint: Checkpoint, model: torch.nn.Module):

@@ -42,7 +42,7 @@ def one_line(e: BaseException) -> str:
     return f"{type(e).__name__}: {' '.join(str(e).split())[:160]}"
 
 
-def near(word: str, words: Iterable[str]) -> str:
+def suggest(word: str, words: Iterable[str]) -> str:
     """Suggest the names closest to a mistyped one, or list all of them when none is close."""
     close = difflib.get_close_matches(word, words, n=3)
     if close:
@@ -84,14 +84,15 @@ def rank() -> str:
     return os.environ.get("RANK") or "0"
 
 
-def say(message: str):
+def say(message: str, console: TextIO | None = None):
     """Print one line on rank 0. A console that is gone, or on a full disk, never stops a run."""
     if rank() != "0":
         return
     try:
-        show(f"{message}\n")
+        show(f"{message}\n", console)
     except BrokenPipeError:
-        leave_pipe()
+        if console is None:
+            leave_pipe()
     except OSError:
         pass
 
@@ -148,11 +149,11 @@ def run_script(main: Callable[[], None]):
 
 
 def reader_is_gone() -> bool:
-    """Tell whether standard output is a pipe that nobody reads any more."""
+    """Return whether stdout is a pipe whose reader has closed it."""
     poll = select.poll()
     try:
         poll.register(sys.stdout.fileno(), 0)
-    except (OSError, ValueError):  # it is no file, or closed
+    except (OSError, ValueError):  # it is not a file, or closed
         return False
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
@@ -317,14 +318,16 @@ def canonical(args: list[str], types: dict[str, object], advice: dict[str, str])
             name = positive
             values = ["False"]
         elif name not in types:
-            wrong.append(f"no option --{name}: {advice.get(name) or near(name, types)}")
+            wrong.append(f"no option --{name}: {advice.get(name) or suggest(name, types)}")
             take_values(words, tuple[str, ...])
             continue
         else:
-            # in `audit.py --contents DIR` the word after the flag is not its value
-            alone = types[name] is bool and "" in types
-            alone = alone and words[:1] and words[0].lower() not in TRUE + FALSE
-            values = [value] if equals else [] if alone else take_values(words, types[name])
+            values = [value]
+            if not equals:
+                # in `audit.py --contents DIR` the word after the flag is not its value
+                alone = types[name] is bool and "" in types
+                alone = alone and words[:1] and words[0].lower() not in TRUE + FALSE
+                values = [] if alone else take_values(words, types[name])
         values, problem = checked_values(values, types[name])
         if problem:
             wrong.append(f"--{name} {problem}")

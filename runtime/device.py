@@ -40,11 +40,11 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         kind = "cuda" if has_gpu() else available[0]
     if kind == "cuda" and kind not in available:
         version = torch.version.cuda
-        mend = f"nvidia-smi must work and show CUDA {version} or later, else a newer driver"
+        fix = f"nvidia-smi must work and show CUDA {version} or later, otherwise a newer driver"
         if version is None:
-            mend = "another build of torch"
+            fix = "another build of torch"
         raise UserError(
-            f"torch {torch.__version__} (CUDA: {version}) can use no GPU here; hint: {mend} "
+            f"torch {torch.__version__} (CUDA: {version}) can use no GPU here; hint: {fix} "
             f"(notes/running.md); or --device {available[0]}"
         )
     if kind not in available:
@@ -64,7 +64,7 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def has_gpu() -> bool:
-    """Tell whether torch is built for CUDA and this machine has a GPU, usable or not.
+    """Return whether torch is built for CUDA and this machine has a GPU, usable or not.
 
     One that CUDA_VISIBLE_DEVICES hides does not count.
     """
@@ -124,7 +124,7 @@ class Compute(NamedTuple):
         return torch.compile(model, fullgraph=True, dynamic=False)
 
     def try_pass(self, train_model, B: int, T: int):
-        """Run a forward and a backward pass on made-up tokens (B, T); it compiles the kernels."""
+        """Run a forward and a backward pass on dummy tokens (B, T); it compiles the kernels."""
         tokens = torch.zeros(B, T, dtype=torch.int64, device=self.device)
         with self.autocast():
             # clone: the compiler would specialise on idx and targets being the same tensor
@@ -213,7 +213,7 @@ def use_deterministic_kernels(device: torch.device):
 
 
 def not_deterministic(e: BaseException) -> bool:
-    """Tell whether an exception means that torch has no deterministic kernel for something."""
+    """Return whether an exception means that torch has no deterministic kernel for something."""
     return isinstance(e, RuntimeError) and "use_deterministic_algorithms" in str(e)
 
 

@@ -50,7 +50,7 @@ def remove_leftovers(path: Path):
 
 
 def is_running(pid: int) -> bool:
-    """Tell whether a process of this number exists on this machine."""
+    """Return whether a process of this number exists on this machine."""
     try:
         os.kill(pid, 0)  # signal 0 only asks
     except (ProcessLookupError, OverflowError):
@@ -103,14 +103,15 @@ def write_json(path: Path, content: dict):
 def regular_file(path: Path) -> Path:
     """Return the path. Raises ValueError for a pipe or a device: reading one may never end."""
     if not stat.S_ISREG(path.stat().st_mode):
-        raise ValueError(f"{path} is no regular file")
+        raise ValueError(f"{path} is not a regular file")
     return path
 
 
 def read_text(path: Path, largest: int = 100_000_000) -> str:
     """Return the content of a text file that may come from anywhere.
 
-    Raises OSError, and ValueError for more bytes, no UTF-8, and what is no regular file.
+    Raises OSError, and ValueError for more bytes, for what is not UTF-8, and for what is not a
+    regular file.
     """
     size = regular_file(path).stat().st_size
     if size > largest:

@@ -27,7 +27,7 @@ class Lock:
             file = open(self.path, "a+")  # noqa: SIM115  neither cuts the file nor needs one
             try:
                 self.take(file)
-                if same_file(file, self.path):  # else its holder has just deleted it
+                if same_file(file, self.path):  # otherwise its holder has just deleted it
                     self.file = file
             finally:
                 if self.file is None:
@@ -40,18 +40,18 @@ class Lock:
         """Lock an open file. Raises BlockingIOError when another process has it."""
         file.seek(0)
         host, _, pid = file.read(300).partition(" ")
-        held = False
+        taken = False  # by another process
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            held = True
+            taken = True
         except OSError as e:
             if e.errno not in NOT_SUPPORTED:
                 raise
             self.supported = False
-            here = host == socket.gethostname() and pid.isdecimal()
-            held = here and int(pid) != os.getpid() and is_running(int(pid))
-        if held:
+            if host == socket.gethostname() and pid.isdecimal():
+                taken = int(pid) != os.getpid() and is_running(int(pid))
+        if taken:
             holder = f"process {pid or '?'} on {host or '?'}"
             if not self.supported:  # the number may be that of another process by now
                 holder += f"; if that is another program, delete {self.path}"
@@ -69,7 +69,7 @@ class Lock:
 
 
 def same_file(file, path: Path) -> bool:
-    """Tell whether an open file is still the one at a path."""
+    """Return whether an open file is still the one at this path."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except FileNotFoundError:

@@ -45,7 +45,7 @@ OUT_OF_MEMORY = ("DefaultCPUAllocator", "bad_alloc", "out of memory", "CUBLAS_ST
 
 
 def out_of_memory(e: BaseException) -> bool:
-    """Tell whether an exception means out of memory.
+    """Return whether an exception means out of memory.
 
     It is a type of its own from torch's allocator on a GPU, and a message in a RuntimeError from
     other libraries there and on a CPU.

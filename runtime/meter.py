@@ -43,8 +43,8 @@ class Meter:
         self.world = world
         self.log = log
         self.peak = peak_flops(world.device)
-        # a step is read when so many have been launched behind it
-        self.late = 1 if world.device.type == "cuda" else 0
+        # steps by which reading lags behind launching: 1 on a GPU
+        self.lag = 1 if world.device.type == "cuda" else 0
         self.pending: list[Pending] = []
         self.last_read = 0  # the last step that was logged
         self.skipped_in_a_row = skipped  # steps skipped up to it, since the last good one
@@ -67,8 +67,8 @@ class Meter:
             copied = torch.cuda.Event()
             copied.record()
         self.pending.append(Pending(step, lr, numbers, copied, waited, digest % 2**64))
-        if (step - self.late) % self.cfg.log_interval == 0:
-            self.flush(step - self.late)
+        if (step - self.lag) % self.cfg.log_interval == 0:
+            self.flush(step - self.lag)
 
     def flush(self, last_step: float = math.inf):
         """Log the pending steps up to last_step, and print a line for the last of them."""
@@ -94,8 +94,8 @@ class Meter:
             "mfu": mfu,
         }
         hashes = self.batch_hashes(steps) if cfg.batch_hashes else [{}] * n
-        for step, (loss, norm, healthy), batch_hash in zip(steps, numbers, hashes):
-            record = self.record(step, loss, norm, bool(healthy)) | batch_hash
+        for step, (loss, norm, finite), batch_hash in zip(steps, numbers, hashes):
+            record = self.record(step, loss, norm, bool(finite)) | batch_hash
             self.log.write(record | speed)
         last = steps[-1]
         self.last_read = last.step
@@ -118,9 +118,9 @@ class Meter:
             seconds += each * (math.ceil(last_step / interval) - (step - 1) // interval)
         return seconds
 
-    def record(self, step: Pending, loss: float, norm: float, healthy: bool) -> dict:
+    def record(self, step: Pending, loss: float, norm: float, finite: bool) -> dict:
         """Return the record of a step; a skipped one is counted, printed, and has no loss."""
-        if healthy:
+        if finite:
             self.skipped_in_a_row = 0
             return {
                 "step": step.step,

@@ -35,27 +35,27 @@ WANDB_END_SECONDS = 10
 def environment(device: torch.device, world_size: int) -> dict:
     """Return what a result depends on besides the settings: versions, hardware, commit, command."""
     return {
-        "commit": known(commit) or "",
+        "commit": value_or_none(commit) or "",
         "command": " ".join(sys.argv),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "cudnn": known(torch.backends.cudnn.version),
-        "platform": known(platform.platform),
-        "device": known(lambda: device_name(device)),
+        "cudnn": value_or_none(torch.backends.cudnn.version),
+        "platform": value_or_none(platform.platform),
+        "device": value_or_none(lambda: device_name(device)),
         "threads": torch.get_num_threads(),
         "world_size": world_size,
     }
 
 
-# what a resumed run may compute otherwise than before, though its settings are the same
+# when one of these has changed, losses of a resumed run may differ in the last digits
 COMPUTES = (
     "commit python torch cuda cudnn device threads world_size dtype compiled attention B".split()
 )
 
 
 def add_part(earlier, part: dict, step: int) -> tuple[dict, str]:
-    """Return env.json for a run that begins at a step, and in what its machine differs from before.
+    """Return env.json for a run that begins at a step, and what has changed since the part before.
 
     `earlier` is the env.json of the parts before, whatever it holds. The last part is at the top;
     `began_at` are the steps at which a process of that part began.
@@ -79,8 +79,8 @@ def add_part(earlier, part: dict, step: int) -> tuple[dict, str]:
     return part | {"began_at": [step], "earlier": parts}, ", ".join(changes)
 
 
-def known(look_up: Callable):
-    """Return what a look-up finds, None when it fails: a diagnostic never stops a run."""
+def value_or_none(look_up: Callable):
+    """Return look_up(), or None when it fails: a diagnostic never stops a run."""
     try:
         return look_up()
     except Exception:  # git, drivers and platforms have many
@@ -105,7 +105,7 @@ def device_name(device: torch.device) -> str:
 
 
 def read_metrics(run_dir: str | Path) -> list[dict]:
-    """Return the records of a run, in the order written; lines that are none are left out."""
+    """Return the records of a run, in the order written, without lines that are not records."""
     lines = (Path(run_dir) / "metrics.jsonl").read_bytes().splitlines()
     records = (parse_record(line) for line in lines)
     return [record for record in records if record is not None]
@@ -153,8 +153,8 @@ class RunLog:
         self.lock = threading.Lock()  # the thread that saves checkpoints writes, too
         self.directory_lock: Lock | None = None  # of the run directory
 
-    def open(self, run_dir: Path, resume_step: int = 0, kept: list[str] | None = None):
-        """Open metrics.jsonl and cut it to a step; `kept` are lines that a checkpoint has kept.
+    def open(self, run_dir: Path, resume_step: int = 0, saved_lines: list[str] | None = None):
+        """Open metrics.jsonl and cut it to a step; add lines that only a checkpoint has saved.
 
         Raises UserError when another process writes there, before anything is changed.
         """
@@ -169,7 +169,7 @@ class RunLog:
             close_file(file)
             raise
         present = set(text.splitlines(keepends=True))
-        for line in kept or ():
+        for line in saved_lines or ():
             data = line.encode() + b"\n"
             if data not in present and belongs_before(data, resume_step):
                 self.unwritten.append(data)
@@ -312,7 +312,7 @@ class RunLog:
             self.directory_lock.close()
 
     def close_wandb(self, seconds: float = WANDB_END_SECONDS):
-        """Send W&B what it has still to get, for so many seconds at most."""
+        """Send W&B what is still queued, for at most this many seconds."""
         if self.wandb is not None:
             self.wandb.close(seconds)
 
@@ -337,7 +337,7 @@ def write_all(file, data: bytes):
 
 
 def belongs_before(line: bytes, resume_step: int) -> bool:
-    """Tell whether a line of metrics.jsonl is kept when a run resumes at a step.
+    """Return whether a line of metrics.jsonl is kept when a run resumes at a step.
 
     Kept is everything before it, and the update and save of that step, but not its evaluation,
     which is repeated. Nothing is kept at step 0.
@@ -448,7 +448,7 @@ class Wandb:
 
 
 def wandb_configured() -> bool:
-    """Tell whether W&B may be wanted: only then it is imported, a second of work, and asked."""
+    """Return whether W&B may be wanted: only then is it imported, which takes a second."""
     if any(name.startswith("WANDB_") for name in os.environ):
         return True
     netrc = os.environ.get("NETRC") or os.path.expanduser("~/.netrc")
@@ -456,7 +456,7 @@ def wandb_configured() -> bool:
 
 
 def end_wandb_service():
-    """End wandb's own process, for which it else waits at exit: a minute without a network."""
+    """End wandb's own process; at exit it would wait for that, a minute without a network."""
     try:
         from wandb.sdk import wandb_setup
 

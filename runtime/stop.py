@@ -30,7 +30,7 @@ class Stopped(BaseException):
 
 
 class Diverged(UserError):
-    """The end of a run whose weights or losses are NaN or infinite: more steps cannot mend it."""
+    """The end of a run whose weights or losses are NaN or infinite: more steps cannot fix it."""
 
     status = 3
 
@@ -41,10 +41,11 @@ class Stop:
     A signal to one process, or an error in one, makes poll() raise Stopped in all of them. Signals
     that were ignored at start (nohup) stay ignored; torchrun, though, ends its processes at SIGHUP
     even under nohup. Before `armed` is set there is nothing to save, and a signal raises Stopped at
-    once. Outside the main thread Python allows no signal handlers: then none is set. A watchdog
-    thread kills this process and its peers on this machine when poll() was not called for `timeout`
-    seconds (see patient()): torchrun alone would give a hanging process, which cannot answer its
-    SIGTERM, another 30 s.
+    once. Outside the main thread Python allows no signal handlers: then none is set.
+
+    A watchdog thread kills this process and its peers on this machine when poll() was not called
+    for `timeout` seconds (longer inside allow_compiling()): torchrun alone would give a hanging
+    process, which cannot answer its SIGTERM, another 30 s.
     """
 
     def __init__(self, world: World, timeout: float, second_interrupt=signal.SIG_DFL):
@@ -77,8 +78,8 @@ class Stop:
         if not self.armed:
             raise Stopped
 
-    def ask(self, error: UserError):
-        """Stop for an error in this process; the caller raises it after the last checkpoint."""
+    def stop_with(self, error: UserError):
+        """Stop the run because of an error, which is raised after the last checkpoint."""
         self.reason = self.reason or "error"
         self.error = self.error or error
 
@@ -111,8 +112,8 @@ class Stop:
                 return
 
     @contextmanager
-    def patient(self) -> Iterator[None]:
-        """Inside the block let COMPILE_SECONDS pass without poll(), as torch.compile calls none."""
+    def allow_compiling(self) -> Iterator[None]:
+        """Inside the block allow COMPILE_SECONDS without poll(): torch.compile calls none."""
         self.limit = max(self.timeout, COMPILE_SECONDS)
         try:
             yield

@@ -35,15 +35,15 @@ def join_world(device: str, timeout: float = 600, deterministic: bool = False) -
     NCCL serves tensors on GPUs, gloo those in host memory. Raises UserError when there is no such
     device, for a part of torchrun's variables, and when other processes do not come.
     """
-    rank, world_size = launched_as()
+    rank, world_size = read_rank_and_world_size()
     if not 0 < timeout < 1e9:  # NaN, too
         raise UserError(
             f"group_timeout is {timeout} seconds, must be above 0 and below 1e9; "
             "hint: --group_timeout 600"
         )
     if deterministic:
-        # read by cuBLAS when it starts, and by torch's compiler, which else chooses among
-        # reductions by timing them
+        # read by cuBLAS when it starts, and by torch's compiler, which otherwise chooses
+        # among reductions by timing them
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
     chosen = pick_device(device, whole_number("LOCAL_RANK"))
@@ -56,7 +56,7 @@ def join_world(device: str, timeout: float = 600, deterministic: bool = False) -
             torch.set_num_threads(1)
     if is_set("RANK") and not dist.is_initialized():
         warn_of_restarts()
-        meet(chosen, world_size, timeout)
+        make_process_group(chosen, world_size, timeout)
     return World(rank, world_size, chosen)
 
 
@@ -74,7 +74,7 @@ COPIES = {
 
 
 def is_set(name: str) -> bool:
-    """Tell whether an environment variable has a value; an empty one has none."""
+    """Return whether an environment variable has a value; an empty one has none."""
     return bool(os.environ.get(name))
 
 
@@ -89,12 +89,12 @@ def whole_number(name: str, least: int = 0) -> int:
     return int(text)
 
 
-def launched_as() -> tuple[int, int]:
-    """Return rank and world size from torchrun's environment, (0, 1) without one.
+def read_rank_and_world_size() -> tuple[int, int]:
+    """Return rank and world size from torchrun's environment, (0, 1) without it.
 
     Raises UserError for a part of its variables: another launcher's, or left from an old export.
     """
-    there = [name for name in LAUNCHER if is_set(name)]
+    present = [name for name in LAUNCHER if is_set(name)]
     missing = [name for name in LAUNCHER if not is_set(name)]
     # the address alone means nothing: cluster software sets it for programs that may want it
     if not is_set("RANK") and not is_set("WORLD_SIZE"):
@@ -102,9 +102,9 @@ def launched_as() -> tuple[int, int]:
         return 0, 1
     if missing:
         raise UserError(
-            f"torchrun's variables are incomplete: {', '.join(there)} set, "
+            f"torchrun's variables are incomplete: {', '.join(present)} set, "
             f"{', '.join(missing)} not; "
-            f"hint: unset {' '.join(there)}, or torchrun --nproc_per_node=N in place of python"
+            f"hint: unset {' '.join(present)}, or torchrun --nproc_per_node=N in place of python"
         )
     rank, world_size = whole_number("RANK"), whole_number("WORLD_SIZE", least=1)
     whole_number("MASTER_PORT")
@@ -129,7 +129,7 @@ def warn_of_copies():
             return
 
 
-def meet(device: torch.device, world_size: int, timeout: float):
+def make_process_group(device: torch.device, world_size: int, timeout: float):
     """Wait for the other processes, then make the process group. Raises UserError without them.
 
     Ends this process when they are there and yet no group comes about.
@@ -211,13 +211,13 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def least_over_ranks(value: float) -> float:
+def min_over_ranks(value: float) -> float:
     """Return the smallest value of all ranks."""
     if not dist.is_initialized():
         return value
-    least = torch.tensor(value, dtype=torch.float64)
-    dist.all_reduce(least, dist.ReduceOp.MIN)
-    return least.item()
+    smallest = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(smallest, dist.ReduceOp.MIN)
+    return smallest.item()
 
 
 def on_rank0(make: Callable):

@@ -692,7 +692,7 @@ def to_device(path: Path):
 @pytest.mark.parametrize("make_file", [to_fifo, to_device])
 def test_what_is_no_file_is_not_read(sealed, make_file):
     """Reading a pipe or a device would never end."""
-    with pytest.raises(UserError, match="is no regular file"):
+    with pytest.raises(UserError, match="is not a regular file"):
         checkpoint.read(sealed(make_file=make_file))
 
 

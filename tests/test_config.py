@@ -14,11 +14,11 @@ from config import (
     FREE_ON_RESUME,
     PRESETS,
     TrainConfig,
-    as_listed,
     as_stored,
     differences,
     from_command_line,
     preset,
+    preset_defaults,
 )
 from preflight import NOT_NEGATIVE, POSITIVE, check, problems
 from runtime.command_line import UserError
@@ -61,7 +61,7 @@ def test_presets_are_complete_and_pass_the_check(name):
     cfg = preset(name)
     assert cfg.preset == cfg.run_name == name
     assert cfg.block_size == cfg.T
-    min_lr = as_listed(name).min_lr
+    min_lr = preset_defaults(name).min_lr
     assert cfg.min_lr == (pytest.approx(cfg.max_lr / 10) if min_lr is None else min_lr)
     assert [field for field in FIELDS if getattr(cfg, field) is None] in ([], ["epochs"])
     assert problems(cfg, world_size=1) == []

@@ -336,7 +336,7 @@ def test_the_second_ctrl_c_ends_at_once():
 
 @pytest.mark.parametrize("lost", [False, True])
 def test_a_signal_before_the_first_step_ends_at_once(train, tmp_path, monkeypatch, lost):
-    """In the warm-up there is nothing to save yet; also when C code loses the exception.
+    """In the first pass there is nothing to save yet; also when C code loses the exception.
 
     `from MODULE import NAME` of a name that is not there has raised TypeError in its place.
     """
@@ -1132,14 +1132,14 @@ def test_a_bad_loss_skips_the_step(train, tmp_path, monkeypatch, value):
     Their windows are recorded.
     """
     changes = "--max_steps 20 --log_interval 4"
-    step_if, steps = optim.step_if, []
+    step_if_finite, steps = optim.step_if_finite, []
 
     def step_but_twice(*args):
         if steps[-1] + 1 not in (5, 6):
-            step_if(*args)
+            step_if_finite(*args)
 
     with at_step(steps.append), monkeypatch.context() as patch:
-        patch.setattr(optim, "step_if", step_but_twice)
+        patch.setattr(optim, "step_if_finite", step_but_twice)
         assert train("without", changes)[0] == 0
     with poisoned({5, 6}, value):
         status, out = train("poisoned", changes)

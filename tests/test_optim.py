@@ -211,9 +211,9 @@ def three_steps(model: GPT, optimizer: torch.optim.Optimizer, bad_before: int | 
             give_gradients(model, seed=9)
             next(model.h.parameters()).grad[0] = math.nan
             model.wte.weight.grad[1] = math.inf
-            optim.step_if(torch.tensor(False), optimizer)
+            optim.step_if_finite(torch.tensor(False), optimizer)
         give_gradients(model, seed=step)
-        optim.step_if(torch.tensor(True), optimizer)
+        optim.step_if_finite(torch.tensor(True), optimizer)
 
 
 @pytest.mark.parametrize("name", ["gpt2-modern", "gpt2-rope"])
@@ -229,7 +229,7 @@ def test_a_skipped_step_leaves_no_trace(name, bad_before):
 
 
 def test_a_step_is_skipped_without_fused_kernels(monkeypatch):
-    """On devices without them step_if decides on the host."""
+    """On devices without them step_if_finite decides on the host."""
     monkeypatch.setattr(optim, "has_fused_kernels", lambda model: False)
     results = []
     for skips in (None, 1):

@@ -47,7 +47,7 @@ def test_the_main_job_and_what_comes_after(clone):
     for words in (
         "no preset given: shakespeare",
         "train_gpt2.py gpt2-rope",
-        "bigram | val loss 5.",
+        "bigram | a bigram model gets val loss 5.",
         "step 20/20 | loss",
         "sample 0",
         "finished in",

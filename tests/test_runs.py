@@ -178,7 +178,7 @@ def test_gpt2_4xh100_ends_when_the_run_diverges(tmp_path):
     clone = repository(tmp_path / "clone")
     done = bash("gpt2_4xh100.sh", cwd=clone, env=env)
     assert done.returncode == 3, done.stderr[-3000:]
-    assert done.stdout.count("warm-up | compiling") + done.stdout.count("step 1/") == 1
+    assert done.stdout.count("compile | once") + done.stdout.count("step 1/") == 1
     run_dir = clone / "log" / "gpt2-rope"
     assert "is nan at step" in json.loads((run_dir / "diverged.json").read_text())["error"]
     assert not (run_dir / "finished.json").exists()

@@ -39,7 +39,7 @@ from runtime import cgroup, command_line, runlog
 from runtime import device as device_module
 from runtime import world as world_module
 from runtime.checkpoint import Saver, find
-from runtime.command_line import PathText, UserError, last_words, near, one_line, say
+from runtime.command_line import PathText, UserError, last_words, one_line, say, suggest
 from runtime.device import (
     choose_compute,
     not_deterministic,
@@ -226,7 +226,7 @@ def test_stop_in_a_thread_sets_no_handlers():
         stop = Stop(world(), timeout=600)
         results.append(handlers())
         results.append(stop.poll(save_due=True))
-        stop.ask(UserError("a shard was cut"))
+        stop.stop_with(UserError("a shard was cut"))
         try:
             stop.poll()
         except Stopped:
@@ -261,8 +261,8 @@ def test_a_signal_stops_an_armed_run_at_the_next_poll(stop, number):
 def test_the_first_reason_and_error_count(stop):
     stop.armed = True
     first, second = UserError("first"), UserError("second")
-    stop.ask(first)
-    stop.ask(second)
+    stop.stop_with(first)
+    stop.stop_with(second)
     signal.raise_signal(signal.SIGTERM)
     assert stop.reason == "error"
     assert stop.error is first
@@ -280,7 +280,7 @@ def test_the_watchdog_waits_for_a_compilation(monkeypatch, capfd):
     monkeypatch.setattr(os, "_exit", end)
     watchdog = threading.Thread(target=stop.watch, args=(0, []), daemon=True)
     try:
-        with stop.patient():
+        with stop.allow_compiling():
             watchdog.start()
             assert not ended.wait(1.5)  # it looks once a second
         assert ended.wait(5)
@@ -547,7 +547,7 @@ EMPTY = {"RANK": "", "WORLD_SIZE": ""}
 def test_torchruns_variables_count_as_a_whole(monkeypatch, variables, expected):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert world_module.launched_as() == expected
+    assert world_module.read_rank_and_world_size() == expected
 
 
 @pytest.mark.usefixtures("no_launcher")
@@ -568,7 +568,7 @@ def test_a_part_of_torchruns_variables_is_refused(monkeypatch, variables, words)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=f"{words}.*hint: "):
-        world_module.launched_as()
+        world_module.read_rank_and_world_size()
 
 
 @pytest.mark.usefixtures("no_launcher")
@@ -576,10 +576,10 @@ def test_a_part_of_torchruns_variables_is_refused(monkeypatch, variables, words)
 def test_copies_of_another_launcher_are_reported(monkeypatch, capsys, name):
     """Only where there are several of them."""
     monkeypatch.setenv(name, "1")
-    assert world_module.launched_as() == (0, 1)
+    assert world_module.read_rank_and_world_size() == (0, 1)
     assert capsys.readouterr().out == ""
     monkeypatch.setenv(name, "4")
-    assert world_module.launched_as() == (0, 1)
+    assert world_module.read_rank_and_world_size() == (0, 1)
     assert "started 4 copies" in capsys.readouterr().out
 
 
@@ -659,7 +659,7 @@ from shard_files import DamagedShard
 world = join_world("cpu")
 stop = Stop(world, timeout=60)
 if world.rank == 1:
-    stop.ask(DamagedShard("a shard was cut", "its path"))
+    stop.stop_with(DamagedShard("a shard was cut", "its path"))
 stop.share_error()
 stop.close()
 print(f"{{world.rank}}: {{stop.error}}")
@@ -1178,9 +1178,9 @@ def test_threads_follow_the_quota_of_cpus(monkeypatch, capsys, quota, threads):
 
 def test_near_suggests_or_lists():
     words = ["max_lr", "max_steps", "min_lr", "seed"]
-    assert near("max_step", words) == "did you mean max_steps?"
-    assert near("max_lrr", words) == "did you mean max_lr or min_lr?"
-    assert near("zzz", words) == "one of max_lr, max_steps, min_lr, seed"
+    assert suggest("max_step", words) == "did you mean max_steps?"
+    assert suggest("max_lrr", words) == "did you mean max_lr or min_lr?"
+    assert suggest("zzz", words) == "one of max_lr, max_steps, min_lr, seed"
 
 
 def test_one_line_shortens():

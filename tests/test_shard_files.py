@@ -128,11 +128,11 @@ DAMAGES = {  # what is done to the folder, what the message must say
     "not a shard": (lambda folder: (folder / SECOND).write_text("hello"), [SECOND]),
     "a pipe": (
         lambda folder: [(folder / SECOND).unlink(), os.mkfifo(folder / SECOND)],
-        [SECOND, "no regular file"],
+        [SECOND, "not a regular file"],
     ),
     "a folder": (
         lambda folder: [(folder / SECOND).unlink(), (folder / SECOND).mkdir()],
-        [SECOND, "no regular file"],
+        [SECOND, "not a regular file"],
     ),
     "objects": (
         lambda folder: np.save(folder / SECOND, np.array([{}, 1], object), allow_pickle=True),
@@ -192,11 +192,11 @@ DAMAGES = {  # what is done to the folder, what the message must say
     ),
     "manifest a folder": (
         lambda folder: (folder / "manifest.json").mkdir(),
-        ["manifest.json", "no regular file"],
+        ["manifest.json", "not a regular file"],
     ),
     "manifest a pipe": (
         lambda folder: os.mkfifo(folder / "manifest.json"),
-        ["manifest.json", "no regular file"],
+        ["manifest.json", "not a regular file"],
     ),
     "manifest nested": (
         lambda folder: (folder / "manifest.json").write_text("[" * 100_000),

@@ -118,7 +118,7 @@ def test_sixty_faults_in_a_row_change_nothing(train, tmp_path, seed):
     while hit < 60:
         output.write_text("")
         process = train(tmp_path, output, steps)
-        wait_for(rng.choice(["data |", "warm-up |", "saved", "step "]), output, process)
+        wait_for(rng.choice(["data |", "first pass |", "saved", "step "]), output, process)
         time.sleep(rng.uniform(0, 0.1))
         name = rng.choice(list(SIGNALS))
         hit += process.is_alive()
@@ -206,7 +206,7 @@ def test_a_power_cut_while_training_loses_nothing(train, new_disk, tmp_path):
     """Between two steps, in a save, at the end: the copy resumes and ends as the untouched run."""
     rng, steps = random.Random(5), 600
     whole = whole_run(train, tmp_path / "whole", steps)
-    moments = ["warm-up |", "step 40 | saved", "step 300/", "step 580 | saved", "finished in"]
+    moments = ["first pass |", "step 40 | saved", "step 300/", "step 580 | saved", "finished in"]
     for n, moment in enumerate(moments):
         disk, output = new_disk(n), tmp_path / f"{n}.txt"
         output.write_text("")

@@ -118,7 +118,7 @@ def test_a_run_that_diverges_does_not_end_a_sweep(tmp_path, capsys):
     argv += ["--max_steps", 9, "--data_root", data, "--log_dir", log, "--", *TINY]
     first = run(*argv)
     assert first.returncode == 0, first.stderr
-    assert "gpt2-rope-1e+30-seed1 has diverged; the study goes on" in first.stdout
+    assert "gpt2-rope-1e+30-seed1 has diverged; the study continues" in first.stdout
     assert (log / "gpt2-rope-0.001-seed1" / "finished.json").exists()
     assert "| gpt2-rope max_lr 1e+30, diverged | one |" in first.stdout
     again = Study(("gpt2-rope",), 1, (1e30,), "full", 9, str(data), str(log))

@@ -116,7 +116,7 @@ def read_late(monkeypatch):
 
     def make_late(meter, *args):
         make(meter, *args)
-        meter.late = 1
+        meter.lag = 1
 
     monkeypatch.setattr(Meter, "__init__", make_late)
 
@@ -333,18 +333,18 @@ def test_a_resume_that_computes_otherwise_says_so(train, tmp_path):
     finally:
         torch.set_num_threads(threads)
     change = f"threads {threads} -> {threads + 1}"
-    assert f"computes otherwise than before, the last digits may differ: {change}\n" in out
+    assert f"hardware or software changed, losses may differ in the last digits: {change}\n" in out
     machine = json.loads((tmp_path / "r" / "env.json").read_text())
     assert (machine["threads"], machine["began_at"]) == (threads + 1, [3])
     assert [(e["threads"], e["began_at"]) for e in machine["earlier"]] == [(threads, [0])]
 
 
 def test_a_hang_in_a_save_or_evaluation_ends_within_group_timeout(train, monkeypatch):
-    """The watchdog waits longer in one place alone, the warm-up of an uncompiled run."""
-    patient = Mock(wraps=Stop.patient)
-    monkeypatch.setattr(Stop, "patient", lambda stop: patient(stop))
+    """The watchdog waits longer in one place alone, the first pass of an uncompiled run."""
+    allow_compiling = Mock(wraps=Stop.allow_compiling)
+    monkeypatch.setattr(Stop, "allow_compiling", lambda stop: allow_compiling(stop))
     train("gpt2-baseline --max_steps 4 --save_interval 2 --eval_interval 2")
-    assert patient.call_count == 1
+    assert allow_compiling.call_count == 1
 
 
 def test_a_clock_that_stands_still_is_no_error(train, monkeypatch):
@@ -374,7 +374,7 @@ def test_a_finished_run_is_not_the_result_of_other_data(train, tmp_path, data):
     other = shutil.copytree(data, tmp_path / "other")
     np.save(other / "data_train_000000.npy", np.zeros(5000, np.uint16))
     assert "already finished" in train(command, shards=grown)[1]
-    words = "not the data this run began with.*hint: restore it, --run_name r-2 starts anew"
+    words = "not the data this run began with.*hint: restore it, --run_name r-2 starts a new run"
     with pytest.raises(UserError, match=words):
         train(command, shards=other)
     assert "already finished" in train(command, "--accept_new_data True", shards=other)[1]

@@ -78,9 +78,9 @@ def train(preset: str, recompute: bool, in_order: bool = False):
             assert loss.dtype == torch.float32
             gradients.add(loss)
         loss, norm = gradients.finish(cfg.grad_norm_clip)
-        healthy = torch.isfinite(loss) & torch.isfinite(norm)
-        on_gpu(loss, norm, healthy, *(p.grad for p in model.parameters()))
-        optim.step_if(healthy, optimizer)
+        finite = torch.isfinite(loss) & torch.isfinite(norm)
+        on_gpu(loss, norm, finite, *(p.grad for p in model.parameters()))
+        optim.step_if_finite(finite, optimizer)
         optimizer.zero_grad(set_to_none=True)
     state = [value for values in optimizer.state.values() for value in values.values()]
     assert len(optimizer.state) == len(list(model.parameters()))

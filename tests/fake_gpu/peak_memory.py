@@ -49,7 +49,7 @@ def measure(preset: str, B: int, recompute: bool) -> int:
             loss = model(ids, ids)
         gradients.add(loss)
         loss, _ = gradients.finish(cfg.grad_norm_clip)
-        optim.step_if(torch.isfinite(loss), optimizer)
+        optim.step_if_finite(torch.isfinite(loss), optimizer)
     return max(memory.get_tracker_snapshot("peak")[torch.device("cuda", 0)].values())
 
 
