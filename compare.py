@@ -4,13 +4,13 @@
     python compare.py log/a                 log/a/curves.png again
     python compare.py log/a --reference log/reference/published-gpt2-baseline     is it healthy?
 
-Runs that differ in nothing but their seeds are one group; data are told apart by the name of their
-directory. Another run with the settings and seed of one in the group, as of edited code, belongs to
-another group, and so do diverged and unfinished runs, which are not compared. The difference of two
-means has the standard error se = s * sqrt(1/n1 + 1/n2), where s is the standard deviation of a
-run's final loss within its group: of these two groups if both have several runs, or else of all
-groups, as if all varied alike. A difference is shown beyond t * se, where t is Student's for 95%
-and the degrees of freedom (df) of s.
+Runs that differ in nothing but their seeds are one group; data sets are identified by the name of
+their directory. A second run with the same settings and seeds, as after an edit of the code, goes
+into another group, and so do diverged and unfinished runs, which are not compared. The difference
+of two means has the standard error se = s * sqrt(1/n1 + 1/n2), where s is the standard deviation of
+a run's final loss within its group: of these two groups if both have several runs, otherwise of all
+groups, assuming equal variances. A difference counts as shown when it exceeds t * se, where t is
+Student's for 95% and the degrees of freedom (df) of s.
 """
 
 import dataclasses
@@ -191,7 +191,7 @@ def points(records: list[dict], key: str, x: str, cfg: dict, steps: list[dict]) 
 
 
 def grouped(runs: list[LoggedRun]) -> list[RunGroup]:
-    """Group the runs whose settings are the same but for seeds and what does not matter."""
+    """Group the runs with the same decisive settings, apart from the seeds."""
     by_settings = {}
     repeats = Counter()
     for run in runs:
@@ -394,7 +394,7 @@ def mean_curve(group: RunGroup, key: str = "val/loss") -> np.ndarray:
 
 
 def limits(losses: list[float]) -> tuple[float, float]:
-    """Return an axis for losses with 5% of space at both ends; leaves NaN and infinite ones out."""
+    """Return the limits of an axis for the finite losses, with 5% of space at both ends."""
     finite = [loss for loss in losses if np.isfinite(loss)] or [0.0, 1.0]
     space = max(0.05 * (max(finite) - min(finite)), 0.01)
     return min(finite) - space, max(finite) + space
@@ -451,7 +451,7 @@ def save_figure(fig, path: str | Path):
 
 
 def not_drawn(e: Exception) -> str:
-    """Say why there is no picture, whatever it was: matplotlib's errors have many types."""
+    """Return why there is no picture: matplotlib raises errors of many types."""
     if isinstance(e, ImportError):
         return "not drawn: matplotlib is missing; hint: pip install matplotlib"
     return f"not drawn: {one_line(e)}"
@@ -475,7 +475,7 @@ def warn_of_commits(groups: list[RunGroup]):
 def main(args: Comparison):
     if not args.runs:
         raise UserError("no run to compare; hint: python compare.py log/a log/b")
-    # study.py leaves its picture beside the runs: log/study/* names it, too
+    # log/study/* also matches the picture that study.py leaves there
     folders = [run_dir for run_dir in args.runs if not Path(run_dir).is_file()] or args.runs
     once = {Path(run_dir).resolve(): run_dir for run_dir in folders}
     runs = [read_run(run_dir, args.x) for run_dir in once.values()]

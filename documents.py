@@ -27,7 +27,7 @@ ENDINGS = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 BLOCK = 1 << 24  # characters of documents that are split into train and validation together
 CHUNK = 1 << 20  # bytes of a .txt that are read together, characters that are cut together
 LONGEST_LINE = 1 << 25  # bytes in a line of a .jsonl
-LONGEST_WORD = 1 << 20  # characters without a blank whose tokens are those of the whole
+LONGEST_WORD = 1 << 20  # characters; a longer word is cut anywhere
 END_OF_TEXT = "<|endoftext|>"  # ordinary text in a document
 LFS_POINTER = b"version https://git-lfs"
 READ_ERRORS = (OSError, EOFError, ValueError, zlib.error)
@@ -38,10 +38,10 @@ READ_ERRORS += (RecursionError, NotImplementedError, MemoryError)
 
 
 def find_files(paths: tuple[str, ...]) -> list[str]:
-    """Replace folders and patterns by their files, in name order; what leads nowhere stays.
+    """Replace folders and patterns by their files, in name order; what matches nothing stays.
 
-    Of a folder, also below it, the files whose ending says that they hold documents. Shells of
-    Windows, and quotes, hand a pattern like '*.txt' on as it is.
+    A folder is searched recursively for files with one of ENDINGS. Patterns like '*.txt' arrive
+    here when they are quoted, and from the shells of Windows.
     """
     files = []
     for path in paths:
@@ -192,7 +192,7 @@ def read_documents(path: str, text_field: str, source: dict, bar: tqdm) -> Itera
 
 
 def decompressed(raw, path: str):
-    """Return the stream of a file's content."""
+    """Return a stream of a file's content, decompressed."""
     return gzip.GzipFile(fileobj=raw) if path.lower().endswith(".gz") else raw
 
 
@@ -217,7 +217,7 @@ def read_items(raw, path: str, kind: str, text_field: str, source: dict) -> Iter
         column = text_field if text_field in names else text_field.partition(".")[0]
         if column not in names:
             raise WrongField(f"no field {text_field!r}", names)
-        # few rows, as one value repeated takes no room in the file; threads are for many columns
+        # few rows: a repeated value takes no room in the file; threads help with many columns only
         for batch in file.iter_batches(8, columns=[column], use_threads=False):
             for value in batch.column(0):
                 yield column, value
@@ -254,7 +254,7 @@ def read_text(stream, path: str, source: dict) -> str | LongText:
     beginning = []  # its chunks, while they may be the whole text
     length = marks = 0
     blank = True
-    tail = ""  # of the chunk before: the start of a mark that ends in the next one
+    tail = ""  # of the previous chunk: a mark may begin in it and end in this one
     for chunk in decode(stream):
         length += len(chunk)
         blank = blank and chunk.isspace()
@@ -273,7 +273,7 @@ def read_text(stream, path: str, source: dict) -> str | LongText:
 
 
 def field(document, name: str):
-    """Return a field of a document, meta.text also for the field text of the field meta."""
+    """Return a field of a document; meta.text may also mean the field text inside meta."""
     if not isinstance(document, dict):
         raise WrongField(f"no field {name!r}", [])
     if name in document:
@@ -285,7 +285,7 @@ def field(document, name: str):
 
 
 def to_text(item, kind: str, text_field: str, source: dict) -> str | LongText | None:
-    """Return the text of one of read_items(), None for null. ValueError when it is not text.
+    """Return the text of an item of read_items(), None for null. ValueError if it is not text.
 
     Half a surrogate pair, which JSON can spell, becomes U+FFFD, as in tiktoken.
     """
@@ -351,7 +351,7 @@ def split_documents(
 ) -> Iterator[tuple[tuple[dict, str], str | LongText]]:
     """Yield ((source, split), text) so that about val_share of the text is validation.
 
-    Of each 1 / val_share documents one at random becomes validation, and the same one each time.
+    Of each 1 / val_share documents one at random becomes validation, the same one in every run.
     Where that gives too few or too many bytes (few documents, or very long ones), the end of the
     longest one is cut off instead: the share lies between half and 1.5 times val_share for any
     documents. Raises UserError when it cannot be cut, and when there is no text.
@@ -408,8 +408,8 @@ def blocks(documents: Iterator[tuple[dict, str | LongText]]) -> Iterator[list]:
 def cut_text(text: str | LongText, val_share: float, name: str) -> tuple:
     """Cut off about the last val_share of a text: between half and 1.5 times that.
 
-    At the end of a paragraph, else of a line, else of a word, if there is one in this range. Raises
-    UserError naming the text when one of the parts would be empty.
+    At the end of a paragraph, otherwise of a line, otherwise of a word, if there is one in this
+    range. Raises UserError naming the text when one of the parts would be empty.
     """
     target = int(len(text) * (1 - val_share))
     earliest = int(len(text) * (1 - min(1.5 * val_share, max(0.5, val_share))))

@@ -116,7 +116,7 @@ class Evaluator:
                     seed=cfg.seed * 1_000_003 + step,
                     stopped=lambda: bool(self.stop.reason),
                 )
-        except Exception as e:  # out of memory, say: training can do without samples
+        except Exception as e:  # out of memory, for example: training needs no samples
             say(f"step {step} | no samples: {one_line(e)}")
             return time.perf_counter() - started
         if self.stop.reason:  # interrupted half-way: the resumed run draws these samples again

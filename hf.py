@@ -151,7 +151,7 @@ def stored_shape(saved: Checkpoint) -> GPTConfig:
     return config
 
 
-# Above every model there is, and small enough for shapes to be computed.
+# Larger than any model that exists, small enough for shapes to be computed.
 LARGEST = dict.fromkeys(("n_layer", "n_head", "vocab_size", "block_size"), 2**31) | {
     "n_embd": 2**24
 }
@@ -400,7 +400,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Return what a folder's files hold under model.py's names, memory-mapped, Conv1D turned."""
+    """Return a folder's weights under model.py's names, memory-mapped, Conv1D transposed."""
     weights = {}
     for path in weight_files(folder):
         try:
@@ -409,7 +409,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
             stored = load_file(path)
         except (SafetensorError, OSError, RuntimeError) as e:
             raise UserError(
-                f"{path} cannot be read ({one_line(e)}); hint: copy it again, or write it again: "
+                f"{path} cannot be read ({one_line(e)}); hint: copy it again, or save it again: "
                 "GPT2LMHeadModel.from_pretrained(OLD).save_pretrained(NEW)"
             ) from e
         for key, w in stored.items():
@@ -629,7 +629,7 @@ def as_text(value) -> str:
 
 
 def training_rows(saved: Checkpoint, cfg: dict) -> dict[str, str]:
-    """Return what the card says of training. Folders by their names: paths are of this machine."""
+    """Return what the card says of training; folders by name alone, as paths are private."""
     step, data = saved.step, Path(cfg["data_root"]).name
     tokens = step * cfg["total_batch"]
     rows = {"trained": f"{step:,} of {cfg['max_steps']:,} steps, {tokens:,} tokens of {data}"}
@@ -677,7 +677,7 @@ def last_evaluation(saved: Checkpoint, cfg: dict) -> dict:
 def new_folder(out: str) -> Iterator[Path]:
     """Yield a folder to write into, which becomes `out` when the block ends without an error.
 
-    Raises UserError when something is there already, or cannot be written.
+    Raises UserError when `out` exists and is not empty, or cannot be written.
     """
     path = Path(out).resolve()  # "." has a name, too
     try:

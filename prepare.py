@@ -61,9 +61,9 @@ from tokenizer import EOT
 # order of Tiny Shakespeare. Put another text there to train on it.
 INPUT = Path(__file__).parent / "data" / "input.txt"
 SHARD_TOKENS = 100_000_000
-IN_FLIGHT = 1 << 23  # characters handed to the threads whose tokens are not written yet
+IN_FLIGHT = 1 << 23  # characters given to the threads, of which no tokens are written yet
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
-# There sample-10BT has 14 files, 28.5 GB, 9,672,101 documents by others' listings; not fetched yet.
+# Its sample-10BT has 14 files, 28.5 GB, 9,672,101 documents as listed by others; not fetched yet.
 FINEWEB_COMMIT = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
 # seconds between tries, when the hub cannot be reached
 WAITS = (5, 10, 30, 60, 120, 300, 300)
@@ -89,7 +89,7 @@ def shakespeare(out: PathText = "data/shakespeare"):
         digest = sha256(INPUT)
     except OSError as e:
         raise UserError(f"{INPUT}: {one_line(e)}; hint: {hint}") from e
-    # one shard per split, made from the text alone: replaced at will
+    # one shard per split, made from the text alone, so they may be replaced
     names = ["shakespeare_train_000000.npy", "shakespeare_val_000000.npy"]
     if is_made_of(out, names, digest):
         return
@@ -108,7 +108,7 @@ def shakespeare(out: PathText = "data/shakespeare"):
 
 
 def is_made_of(out: str, names: list[str], digest: str) -> bool:
-    """Return whether out holds whole shards of these names, made of a file with this SHA-256."""
+    """Return whether out holds these shards, complete, made from a file with this SHA-256."""
     try:
         manifest = read_manifest(out)
     except UserError:  # it is damaged
@@ -168,7 +168,7 @@ def files(
 
 
 def remarks(sources: list[dict]) -> str:
-    """Return what else there is to say about the documents that were read."""
+    """Return remarks on the documents that were read: empty, altered, with <|endoftext|>."""
     counts = collections.Counter()
     for source in sources:
         for key in ("empty", "replaced", "end_of_text"):
@@ -206,9 +206,9 @@ def wrong_settings(shard_tokens: int, name: str) -> list[str]:
 
 
 def ask_hub(repository: str, request: Callable):
-    """Return request(huggingface_hub). What may pass is waited out, for a quarter of an hour.
+    """Return request(huggingface_hub); retry temporary errors for a quarter of an hour.
 
-    huggingface_hub itself retries for some seconds. Raises UserError.
+    huggingface_hub itself retries for some seconds only. Raises UserError.
     """
     try:
         import huggingface_hub
@@ -225,16 +225,16 @@ def ask_hub(repository: str, request: Callable):
             if isinstance(e, LocalEntryNotFoundError):
                 problem = e.__cause__ or e  # why the hub could not be asked
             message = f"{repository}: {one_line(problem)}"
-            if seconds is None or not may_pass(problem):
+            if seconds is None or not is_temporary(problem):
                 raise UserError(f"{message}; hint: {hub_hint(repository, problem)}") from e
             say(f"{message}; waiting for {seconds} s ({n} of {len(WAITS)})")
             time.sleep(seconds)
 
 
-def may_pass(e: BaseException) -> bool:
-    """Return whether what huggingface_hub raised can be over in a while.
+def is_temporary(e: BaseException) -> bool:
+    """Return whether an error of huggingface_hub may be temporary.
 
-    Connections that fail, rate limits and server errors can; refusals and full disks cannot.
+    Failed connections, rate limits and server errors may be; refusals and full disks are not.
     """
     from huggingface_hub import errors
 
@@ -249,7 +249,7 @@ def may_pass(e: BaseException) -> bool:
 
 
 def hub_hint(repository: str, e: BaseException) -> str:
-    """Return what helps against an error of huggingface_hub."""
+    """Return the hint for an error of huggingface_hub."""
     from huggingface_hub import errors
 
     status = e.response.status_code if isinstance(e, errors.HfHubHTTPError) else 0
@@ -376,7 +376,7 @@ def fineweb_edu(
 
 
 def in_background(function: Callable, *arguments) -> Future:
-    """Call a function in a thread that an error or Ctrl-C elsewhere does not wait for."""
+    """Call a function in a daemon thread: an error or Ctrl-C elsewhere does not wait for it."""
     future = Future()
 
     def work():
@@ -416,7 +416,7 @@ def begin(out: str, data: Dataset, source: str = "") -> Job:
     if "dataset" in manifest and shards:
         job = resume(out, manifest)
         refuse_changes(job, data, source)
-    else:  # a manifest without a shard binds to nothing: the first try may have had a typing error
+    else:  # a manifest without shards does not count: the first try may have had a typo
         replaceable = ["manifest.json"] if damage or "dataset" in manifest else []
         refuse_occupied(out, [*replaceable, *(ours if damage else ())])
         commit, files = list_inputs(data, source)
@@ -431,10 +431,10 @@ def begin(out: str, data: Dataset, source: str = "") -> Job:
 
 
 def rebuild(job: Job, source: str):
-    """List the input files of a job that are done, as their shards show; the others are redone.
+    """Find out from its shards which input files of a job are done; the others are done again.
 
-    A file is done when its last shard is shorter than the others. Raises UserError when there is
-    none, and when the shards of the first are not those of its file.
+    A file is done when its last shard is shorter than the others. Raises UserError when no file is
+    done, and when the shards of the first one are not made from it.
     """
     for i, file in enumerate(job.sources):
         records = []
@@ -463,9 +463,9 @@ def rebuild(job: Job, source: str):
 
 
 def refuse_other_text(job: Job, i: int, entry: dict, source: str):
-    """Raise UserError when the shards of an entry are not those of input file i.
+    """Raise UserError when the shards of an entry are not made from input file i.
 
-    They begin with its first document, and hold as many.
+    They must begin with its first document, and hold as many documents.
     """
     path = fetch(job, i, job.out, source)
     counts = new_source("", path)
@@ -484,7 +484,7 @@ def refuse_other_text(job: Job, i: int, entry: dict, source: str):
 
 
 def resume(out: str, manifest: dict) -> Job:
-    """Return the job begun in out. A file of which a shard is damaged is to be done again."""
+    """Return the job begun in out. Input files with a damaged shard are done again."""
     try:
         counted = [shard for shard in manifest["shards"] if "documents" in shard]
         shards = {shard["file"]: shard for shard in counted if is_whole(out, shard)}
@@ -504,7 +504,7 @@ def resume(out: str, manifest: dict) -> Job:
 
 
 def refuse_changes(job: Job, data: Dataset, source: str):
-    """Raise UserError when settings or files differ from those that the shards were made of."""
+    """Raise UserError when settings or files differ from those that the shards were made from."""
     before, now = asdict(job.data), asdict(data)
     if source:
         if not data.dataset:  # no name was given
@@ -534,9 +534,9 @@ def refuse_changes(job: Job, data: Dataset, source: str):
 
 
 def list_inputs(data: Dataset, source: str = "") -> tuple[str, list[dict]]:
-    """Return the commit of a data set's repository, none for a folder, and its input files.
+    """Return the commit of a data set's repository, "" for a folder, and its input files.
 
-    Of each name, bytes and, from the hub, SHA-256; in name order.
+    In name order, each with name, bytes and, from the hub, SHA-256.
     """
     if source:
         return "", pick(list_folder(source), data.config, source)
@@ -568,9 +568,9 @@ def list_folder(folder: str) -> list[dict]:
 def pick(listed: list[dict], folder: str, place: str) -> list[dict]:
     """Return the parquet files in a folder of place that are for training, in name order.
 
-    Those called so, or else those of no split at all: the last word of a path that names a split
-    counts, of folders or file. Raises UserError when there are none, and when without a folder
-    several have some: they may be the same text in two forms.
+    These are the files whose path names the split train, or, without any, those whose path names no
+    split; the last such word in a path counts. Raises UserError when there are none, and when no
+    folder is given and several have such files: they may hold the same text in two forms.
     """
     wrong = [f for f in listed if is_parquet(str(f["name"])) and not is_input(f)]
     wrong += [f for f in listed if not isinstance(f["name"], str)]
@@ -619,7 +619,7 @@ def is_parquet(name: str) -> bool:
 
 
 def split_of(name: str) -> str:
-    """Return the split that the last word of its kind in a path names, "" without one."""
+    """Return the split that a path names, by the last such word in it; "" without one."""
     words = re.split(r"[^a-z]+", name.lower())
     splits = [SPLITS[word] for word in words if word in SPLITS]
     return splits[-1] if splits else ""
@@ -736,7 +736,7 @@ def write_shards(
     """Tokenize ((source, split), text), in order, into shards and a manifest in out.
 
     Everything goes to a temporary directory inside out and is moved at the end: an error leaves
-    nothing, and what an end half-way leaves, unfinished() knows. Call it inside writing(out).
+    nothing, and unfinished() lists what an interrupted move has left. Call it inside writing(out).
     Returns the shards' entries of the manifest.
     """
     refuse_occupied(out, replaceable)
@@ -751,7 +751,7 @@ def write_shards(
         for writer in writers.values():
             writer.close()
         records = writers["train"].records + writers["val"].records
-        refuse_occupied(out, replaceable)  # somebody else's, written meanwhile
+        refuse_occupied(out, replaceable)  # another program's, written meanwhile
         names = [record["file"] for record in records]
         write_manifest(out, [], [], complete=False, moving=names)
         for name in names:
@@ -762,7 +762,7 @@ def write_shards(
 
 
 def unfinished(out: str) -> list[str]:
-    """Return the names of the files that write_shards() was moving into out when it was ended."""
+    """Return the names of the files that an interrupted write_shards() was moving into out."""
     try:
         names = read_manifest(out).get("moving", [])
     except UserError:
@@ -773,11 +773,11 @@ def unfinished(out: str) -> list[str]:
 
 @contextlib.contextmanager
 def writing(out: str, wait: bool = False):
-    """Hold a directory for this process alone, and remove what killed ones have left in it.
+    """Lock a directory for this process, and remove what killed ones have left in it.
 
-    It is made when it is not there, and removed when it stays empty. With `wait` waits for another
-    process that holds it, else raises UserError; so it does for an OSError of writing. Reading
-    raises UserErrors of its own.
+    It is made if need be, and removed if it stays empty. When another process has it, this one
+    waits with `wait`, and raises UserError otherwise. An OSError in the block becomes a UserError
+    about writing, because reading raises UserErrors itself.
     """
     refuse_file(out)
     try:
@@ -786,7 +786,7 @@ def writing(out: str, wait: bool = False):
             descriptor = os.open(out, os.O_RDONLY)
             stack.callback(os.close, descriptor)
             lock(descriptor, out, wait)
-            os.makedirs(out, exist_ok=True)  # the one before may have removed it
+            os.makedirs(out, exist_ok=True)  # the previous holder may have removed it
             for folder in Path(out).glob("writing-*.tmp"):
                 remove(folder)
             for name in unfinished(out):

@@ -1,6 +1,6 @@
 """The run directory: what a run leaves there, and which checkpoint it resumes from.
 
-Rank 0 writes. The other ranks call the same methods, which then do nothing but join in sums.
+Rank 0 writes. The other ranks call the same methods, which then only take part in collective sums.
 """
 
 import contextlib
@@ -105,7 +105,7 @@ class Records:
             ) from e
 
     def close_log_and_unlock(self, wandb_seconds: float = WANDB_END_SECONDS):
-        """Close the log and unlock the checkpoint directory, once."""
+        """Close the log and unlock the checkpoint directory; a second call does nothing."""
         self.log.close()
         self.log.close_wandb(wandb_seconds)
         if self.lock:
@@ -140,7 +140,7 @@ class Records:
         }
 
     def state(self) -> dict:
-        """Return what state.json holds beside what the checkpoint itself adds."""
+        """Return what a run stores in state.json; the checkpoint adds the rest."""
         state = {
             "config": dataclasses.asdict(self.cfg),
             "data": self.fingerprint,
@@ -148,7 +148,7 @@ class Records:
         }
         lines = self.log.pending()
         skipped = self.meter.skipped_in_a_row
-        if lines:  # of metrics.jsonl: with the checkpoint they outlive this process
+        if lines:  # of metrics.jsonl: stored here, they survive the end of this process
             state["unwritten"] = lines
         if skipped:
             state["skipped_in_a_row"] = skipped
@@ -161,11 +161,12 @@ class Records:
     def save(self, step: int):
         """Save a checkpoint in the background.
 
-        Skipped when training data were wrong or the run has diverged: a restart then begins at the
-        last good checkpoint, and cannot finish a run whose weights are NaN.
+        Saves nothing when training data were wrong or the run has diverged: a restart then resumes
+        from the last good checkpoint, and cannot finish a run whose weights are NaN.
         """
         started = time.perf_counter()
-        if self.saver and (wrong := self.saver.not_finite()):
+        wrong = self.saver.not_finite() if self.saver else ""
+        if wrong:
             self.stop.stop_with(self.diverged_error(f"{wrong} is NaN or infinite at step {step}"))
         diverged = isinstance(self.stop.error, Diverged)
         if self.wrong_since() == math.inf and self.saver and not diverged:
@@ -173,9 +174,9 @@ class Records:
         self.meter.paused("save", self.cfg.save_interval, time.perf_counter() - started)
 
     def save_on_stop(self, step: int):
-        """Save what an interrupted run has learned; after wrong data set checkpoints aside instead.
+        """Save an interrupted run; after damaged data set checkpoints aside instead.
 
-        A damaged shard may have been wrong for a while, so checkpoints since then go, too.
+        A shard may have been damaged for a while: all checkpoints since then are set aside.
         """
         self.meter.flush()
         since = self.wrong_since()
@@ -186,10 +187,10 @@ class Records:
             self.saver.set_aside(since)
 
     def wrong_since(self) -> float:
-        """Return the earliest time.time() at which training data may be wrong, on any rank, or inf.
+        """Return since when training data may be wrong on any rank, as time.time(); inf for never.
 
-        Checks each shard that was read once more, so that no checkpoint holds what was read of a
-        changed file. A change found here counts from now: checkpoints already saved stay valid.
+        Checks once more each shard that was read, so that no checkpoint contains what was learned
+        from a changed file. A change found here counts from now: saved checkpoints stay valid.
         """
         windows = self.loader.windows
         errors = [self.stop.error]
@@ -270,7 +271,7 @@ class Records:
             return
         try:
             self.bigram = evaluate.bigram_loss(self.loader.windows, val_data, self.cfg.val_tokens)
-        except Exception as e:  # out of memory, say: training can do without
+        except Exception as e:  # out of memory, for example: training does not need it
             say(f"bigram | not measured: {one_line(e)}")
         if self.bigram is None:
             return
@@ -282,7 +283,7 @@ class Records:
         self.meter.restart()
 
     def draw_curves(self):
-        """Draw curves.png. Whatever goes wrong there is reported in one line and stops no run."""
+        """Draw curves.png; an error is reported in one line and does not stop the run."""
         try:
             compare.curves(self.cfg.run_dir)
         except Exception as e:
@@ -300,7 +301,7 @@ class Records:
         )
 
     def say_finished(self, seconds: float):
-        """Print what came out, where it is, and the next commands."""
+        """Print the result, where it is, and the next commands."""
         cfg = self.cfg
         bigram = f" (bigram model {self.bigram:.4f})" if self.bigram else ""
         say(
@@ -345,9 +346,9 @@ class Records:
             )
 
     def close_after_error(self):
-        """Give the run directory back after an error, so that this process can resume the run.
+        """Close files and locks after an error, so that this process can resume the run.
 
-        Where the error is kept, as in a notebook, nothing that the run had open closes by itself.
+        A notebook keeps the error, and with it everything that the run had open.
         """
         try:
             self.close_checkpoints()
@@ -382,7 +383,7 @@ def resume_point(cfg: TrainConfig) -> tuple[TrainConfig, Checkpoint | None]:
         stored = resume_from.state["config"]
         length = {"max_steps": stored["max_steps"], "warmup_steps": stored["warmup_steps"]}
         cfg = dataclasses.replace(cfg, **length)
-    if resume_from and cfg.init_from:  # whatever has become of its source
+    if resume_from and cfg.init_from:  # even if its source is gone
         cfg = dataclasses.replace(cfg, **resume_from.state["gpt_config"])
     return cfg, resume_from
 
@@ -419,9 +420,9 @@ def find_checkpoint(cfg: TrainConfig) -> Checkpoint | None:
 
 
 def newest_checkpoint(cfg: TrainConfig) -> Checkpoint | None:
-    """Return the newest valid checkpoint of a run, and rename newer ones that are not (rank 0).
+    """Return the newest valid checkpoint of a run, and set newer invalid ones aside (rank 0).
 
-    Only the process that trains renames, and only while no other one has the directory.
+    Only a process that is to train sets them aside, and only while it has the directory's lock.
     """
     find_newest = partial(
         checkpoint.newest, cfg.checkpoint_dir, check=lambda c: refuse_other_run(cfg, c)
@@ -430,7 +431,7 @@ def newest_checkpoint(cfg: TrainConfig) -> Checkpoint | None:
         return find_newest()
     try:
         lock = checkpoint.take_lock(cfg.checkpoint_dir)
-    except OSError:  # a directory to read only: of a finished run, or Records.open() will say so
+    except OSError:  # a read-only directory: the run is finished, or Records.open() reports it
         return find_newest()
     try:
         return find_newest(rename_bad=True)
@@ -504,7 +505,7 @@ def refuse_to_diverge_again(cfg: TrainConfig):
 
 
 def refuse_other_run(cfg: TrainConfig, saved: Checkpoint):
-    """Raise UserError for a checkpoint that is not of this run, or is not one of a run at all."""
+    """Raise UserError for a checkpoint of another run, or one that is not of a run at all."""
     if "config" not in saved.state:  # hf.py import
         raise UserError(
             f"{saved.path} holds weights from {saved.state.get('source')}, not a run to resume; "
@@ -532,7 +533,7 @@ def refuse_other_run(cfg: TrainConfig, saved: Checkpoint):
 def named_checkpoint(cfg: TrainConfig, newest: Checkpoint | None) -> Checkpoint:
     """Return the checkpoint of --resume PATH, or this run's newest when that one is ahead of it.
 
-    Raises UserError when it is an older one of this run: what came after would be overwritten.
+    Raises UserError for an older one of this run: what came after it would be overwritten.
     """
     if newest and not os.path.exists(cfg.resume):  # deleted since this run began
         say(f"resume | {cfg.resume} is gone, this run has a checkpoint of its own")

@@ -33,7 +33,7 @@ BIN_HEADER = 1024  # bytes: 256 int32
 NO_BIN_HEADER = "its header is not llm.c's (magic 20240520, version 1)"
 RESTORE_HINT = "hint: restore the shard, then run the same command to resume"
 VERIFY_FIRST = 1 << 28  # tokens, 0.5 GB, that are compared with manifest.json before training
-# of numpy, for a header that is not one of its own
+# what numpy raises for an invalid header
 HEADER_ERRORS = (ValueError, TypeError, SyntaxError, tokenize.TokenError)
 HEADER_ERRORS += (RecursionError, MemoryError)
 SCAN_TOKENS = 1 << 21  # read at a time: 4 MB
@@ -42,8 +42,8 @@ SCAN_TOKENS = 1 << 21  # read at a time: 4 MB
 class DamagedShard(UserError):
     """A shard with other content than the run began with, or than manifest.json says.
 
-    `since`: when that may have begun, in seconds as time.time() gives them. What was learned of the
-    shard from then on is wrong; before, or unless `since` is given, only what is in no checkpoint.
+    `since`: when the damage may have begun, as time.time(). What was learned from the shard after
+    that is wrong, in checkpoints too. Without it, only what no checkpoint contains yet is wrong.
     """
 
     def __init__(self, message: str, path: str, since: float = math.inf):
@@ -57,7 +57,7 @@ class Shard(NamedTuple):
     start: int  # byte at which the token ids begin
     tokens: int
     sha256: str | None = None  # of the file, where manifest.json gives one
-    stamp: tuple = ()  # size, time of change and number of the file when it was opened
+    stamp: tuple = ()  # size, mtime and inode of the file when it was opened
 
 
 class Scan(NamedTuple):
@@ -73,7 +73,7 @@ class Scan(NamedTuple):
 
 
 def stamp(path: str) -> tuple:
-    """Return size, time of change and inode: they differ once a file is written or replaced."""
+    """Return size, mtime and inode: they differ once a file is written or replaced."""
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns, status.st_ino
 
@@ -206,7 +206,7 @@ def shard_paths(root: str, split: str) -> list[Path]:
 
 
 def read_manifest(root: str | Path) -> dict:
-    """Return manifest.json of a directory, {} without one. UserError when it is not one of ours."""
+    """Return manifest.json of a directory, {} without one. Raises UserError when it is invalid."""
     path = Path(root) / "manifest.json"
     if not path.exists():
         return {}
@@ -265,9 +265,9 @@ def scan(shard: Shard, idle: float = 0) -> Scan:
 
 
 def start_verifying(shards: list[Shard], wrong: list[UserError]):
-    """Start verify() in the background; where it takes a second, wait for its end.
+    """Start verify() in the background; for small data, where it takes a second, wait for it.
 
-    So small data are known to be right before any of them is used.
+    So small data are verified before any of them is used.
     """
     small = sum(shard.tokens for shard in shards) <= VERIFY_FIRST
     arguments = (list(shards), wrong, 0 if small else 4)
@@ -291,14 +291,14 @@ def verify(shards: list[Shard], wrong: list[UserError], idle: float):
                     f"{shard.path} is damaged: its SHA-256 is not that in manifest.json; "
                     f"{RESTORE_HINT}"
                 )
-                # written last: before, it had another content
+                # mtime: before that, the file had other content
                 wrong.append(DamagedShard(message, shard.path, os.stat(shard.path).st_mtime))
         except OSError as e:
             wrong.append(unreadable(shard.path, e))
 
 
 def unreadable(path: str, e: OSError) -> UserError:
-    """Return the error for a shard that was there when the run began and cannot be read now."""
+    """Return the error for a shard that could be read when the run began and cannot be now."""
     hint = RESTORE_HINT
     if e.errno not in (errno.ENOENT, errno.ENOTDIR):
         hint = f"hint: {remedy(e, path)}, then run the same command to resume"
@@ -348,10 +348,10 @@ def sampled_hash(shard: Shard) -> str:
 
 
 class ShardWriter:
-    """Tokens in, shards of shard_tokens tokens out; only the last one may be shorter.
+    """Writes tokens as shards of shard_tokens tokens; only the last one may be shorter.
 
-    Holds one shard in memory, 0.2 GB for 100M tokens. `names` gives the files' names in turn;
-    `records` has a manifest entry for each file written, which is complete then.
+    Holds one shard in memory, 0.2 GB for 100M tokens. `names` yields the files' names; `records`
+    has the manifest entry of each file that is completely written.
     """
 
     def __init__(self, folder: str | Path, names: Iterator[str], shard_tokens: int):
@@ -375,7 +375,7 @@ class ShardWriter:
             tokens = tokens[len(part) :]
 
     def close(self):
-        """Write the tokens at hand as a shard, atomically; nothing when there are none."""
+        """Write the tokens held in memory as a shard, atomically; nothing when there are none."""
         if not self.parts:
             return
         path = self.folder / next(self.names)

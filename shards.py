@@ -361,7 +361,7 @@ class Loader:
         return totals
 
     def read(self, k: int) -> Batch:
-        """Read this process's micro-batch k now (the thread)."""
+        """Read this process's micro-batch k now (in the thread)."""
         rank, world_size, device = self.world
         if k not in self.located:
             n_windows = min(LOCATE_AT_ONCE, self.windows.per_epoch())

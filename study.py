@@ -131,7 +131,7 @@ def run_settings(study: Study, preset: config.TrainConfig, max_lr: float, seed: 
 
 
 def train_all(argvs: list[list[str]]):
-    """Train all runs. A signal stops the present run with a checkpoint, and then the study."""
+    """Train all runs. A signal stops the current run with a checkpoint, and then the study."""
     from runtime.stop import INTERRUPTED, Diverged  # imports torch: errors in settings come before
 
     process = None
@@ -150,9 +150,9 @@ def train_all(argvs: list[list[str]]):
     try:
         for argv in argvs:
             cfg, _ = config.from_command_line(argv)
-            mark = cfg.run_dir / "diverged.json"
-            if mark.exists() and not changed_since(cfg):
-                say(f"{cfg.run_name} has diverged before; remove {mark} to try it again")
+            marker = cfg.run_dir / "diverged.json"
+            if marker.exists() and not changed_since(cfg):
+                say(f"{cfg.run_name} has diverged before; remove {marker} to try it again")
                 continue
             say(f"$ python train_gpt2.py {shlex.join(argv)}")
             command = [sys.executable, str(Path(__file__).with_name("train_gpt2.py")), *argv]
@@ -177,7 +177,7 @@ def train_all(argvs: list[list[str]]):
 
 
 def changed_since(cfg: config.TrainConfig) -> str:
-    """List the settings of a run that its directory was made with otherwise."""
+    """List the settings of a run that differ from those in its directory."""
     try:
         return config.differences(cfg, json.loads((cfg.run_dir / "config.json").read_text()))
     except (OSError, ValueError, TypeError):

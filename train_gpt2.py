@@ -11,7 +11,7 @@ To resume an interrupted run, give the same command again; --run_name NAME start
 Fine-tune: --init_from gpt2. Evaluate a checkpoint: --eval_only True --init_from log/gpt2-rope.
 See what would run: --dry_run True. When NCCL hangs: NCCL_DEBUG=INFO in front.
 
-Exit status: 0 done; 1 a hang was ended, or a bug; 2 settings, data, memory or disk to correct first;
+Exit status: 0 done; 1 a hang was ended, or a bug; 2 settings, data, memory or disk to correct;
 3 diverged to NaN; 75 stopped by a signal (SIGTERM, SIGINT, SIGUSR1, SIGHUP), with a checkpoint.
 
 Everything that a run writes is in log/RUN_NAME/ (notes/running.md); finished.json marks success.

@@ -105,7 +105,7 @@ def write(ckpt_dir: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]]
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict | None = None):
-    """Write a safetensors file with the permissions of any other: alone it would be private."""
+    """Write a safetensors file with the usual permissions: save_file() would make it private."""
     path.touch()
     mode = stat.S_IMODE(path.stat().st_mode)
     save_file({name: t.contiguous() for name, t in tensors.items()}, path, metadata)
@@ -113,7 +113,7 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict | 
 
 
 def checksum(state: dict) -> str:
-    """Return the SHA-256 over the content of state.json, its own checksum aside."""
+    """Return the SHA-256 of the content of state.json without the checksum itself."""
     content = {key: value for key, value in state.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -153,7 +153,7 @@ class Saver:
         self.writing = self.thread.submit(self.allocate)
 
     def allocate(self) -> bool:
-        """Allocate what is missing of the copies, in one block; pinned for a GPU (the thread)."""
+        """Allocate the missing copies in one block, pinned for a GPU (in the thread)."""
         missing = {
             (file, name): t
             for file, tensors in contents(self.model, self.optimizer).items()
@@ -210,9 +210,9 @@ class Saver:
         self.writing = self.thread.submit(self.write, step, state, started, waited)
 
     def write(self, step: int, state: dict, started: float, waited: float) -> bool:
-        """Write the copies and delete old checkpoints; False when that failed (the thread).
+        """Write the copies and delete old checkpoints; False when that failed (in the thread).
 
-        Whatever goes wrong, it must not end training: what handles it touches no disk.
+        No error here may end training, so the handlers touch no disk.
         """
         tensors: dict[str, dict[str, torch.Tensor]] = {}
         for (file, name), t in self.copies.items():
@@ -237,11 +237,11 @@ class Saver:
         return True
 
     def set_aside(self, since: float):
-        """Rename the checkpoints written since a time (time.time()): their data were wrong."""
+        """Set aside the checkpoints since a time, as time.time(): they learned from wrong data."""
         self.wait()
         renamed = []
         try:
-            for path in reversed(steps(self.ckpt_dir)):  # the worst first
+            for path in reversed(steps(self.ckpt_dir)):  # newest first
                 if time_saved(path) >= since:
                     renamed.append(rename_aside(path, WRONG_DATA).name)
         except OSError as e:
@@ -291,7 +291,7 @@ class Saver:
 
 
 class NotFinite(ArithmeticError):
-    """Weights or moments that are NaN or infinite: no checkpoint to keep."""
+    """Weights or moments are NaN or infinite: nothing worth saving."""
 
 
 def refuse_not_finite(tensors: dict[str, dict[str, torch.Tensor]]):
@@ -335,7 +335,7 @@ def prune(ckpt_dir: Path, step: int, keep_last: int, best: int | None):
     written = [path for path in steps(ckpt_dir) if step_of(path) <= step]
     for path in written[:-keep_last]:
         if step_of(path) != best:
-            # its name goes first, at once: nobody finds half a checkpoint
+            # first rename it, which is atomic: nobody finds half a checkpoint
             os.replace(path, path.with_name(f".{path.name}.{os.getpid()}.tmp"))
     remove_hidden(ckpt_dir)
 
@@ -351,11 +351,11 @@ def remove_hidden(ckpt_dir: Path):
 
 
 def open_directory(cfg, model: torch.nn.Module, start_step: int) -> Lock:
-    """Take a run's checkpoint directory for this process, until the lock is closed.
+    """Lock a run's checkpoint directory for this process, and prepare it.
 
     It is made if need be, what killed processes left in it is deleted, and a small save is tried.
-    Raises UserError when another process has it, or has trained on since this one looked, and when
-    checkpoints cannot be written or have no room.
+    Raises UserError when another process has it or has trained further since this one looked, when
+    checkpoints cannot be written, and when there is no room for them.
     """
     ckpt_dir: Path = cfg.checkpoint_dir
     try:
@@ -396,7 +396,7 @@ def take_lock(ckpt_dir: Path) -> Lock:
 
 
 def cannot_write(cfg, e: BaseException) -> UserError:
-    """Return the error that ends a run which could save no checkpoint."""
+    """Return the error for a run that cannot save checkpoints."""
     option = "--ckpt_dir" if cfg.ckpt_dir else "--log_dir"
     return UserError(
         f"cannot write to {cfg.checkpoint_dir}: {one_line(e)}; "
@@ -437,7 +437,7 @@ def need_space(ckpt_dir: Path, model: torch.nn.Module, keep_last: int):
 
 
 class Unreadable(UserError):
-    """Something that is there and cannot be read: no damage, so nothing is renamed for it."""
+    """A file that exists and cannot be read: not damaged, so nothing is set aside for it."""
 
 
 class Gone(UserError):
@@ -449,7 +449,7 @@ def unreadable(path: Path, e: OSError) -> Unreadable:
     return Unreadable(f"{path} cannot be read ({reason}); hint: {remedy(e, path)}")
 
 
-# errors that say that a file is not there, in whatever way
+# errors which mean that a file does not exist
 ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
@@ -471,7 +471,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def read_once(path: Path) -> Checkpoint:
-    """Read a checkpoint's state and check its files. Raises UserError, OSError for another try."""
+    """Read and check a checkpoint once. Raises UserError, and OSError where a retry may help."""
     try:
         state = read_json(path / "state.json")
         if state["format"] != FORMAT:
@@ -507,7 +507,7 @@ def read_once(path: Path) -> Checkpoint:
 
 
 def steps(ckpt_dir: Path) -> list[Path]:
-    """Return the checkpoints of a directory, oldest first. Raises Unreadable if it is private."""
+    """Return the checkpoints of a directory, oldest first. Raises Unreadable."""
     try:
         with os.scandir(ckpt_dir) as entries:
             names = [e.name for e in entries if re.fullmatch("step_[0-9]+", e.name) and e.is_dir()]
@@ -529,13 +529,13 @@ def newest(
 ) -> Checkpoint | None:
     """Return the newest valid checkpoint for which check() raises no UserError; None without any.
 
-    Damaged ones are reported and skipped; with rename_bad they are renamed, so that they are
-    neither pruned nor overwritten. One that training deletes meanwhile is not missed. Raises
-    UserError when there are checkpoints and none is valid, or one cannot be read: a run never
-    starts again silently.
+    Invalid ones are reported and skipped; with rename_bad they are also set aside, so that they are
+    neither pruned nor overwritten. One that training deletes meanwhile is ignored. Raises UserError
+    when there are checkpoints and none is valid, or one cannot be read: a run never starts from
+    scratch silently.
     """
     bad: dict[Path, str] = {}  # and why
-    error = None  # of the one before
+    error = None  # of the previous one
     reported = None
     while paths := [path for path in steps(ckpt_dir) if path not in bad]:
         path, why = paths[-1], DAMAGED
@@ -579,7 +579,7 @@ def rename_aside(path: Path, why: str) -> Path:
 
 
 def set_aside_invalid(bad: dict[Path, str]):
-    """Rename invalid checkpoints; of all damaged ones keep the newest alone. Raises UserError."""
+    """Set invalid checkpoints aside; keep only the newest damaged one. Raises UserError."""
     newest_damaged = None
     for path, why in bad.items():  # newest first
         try:
@@ -615,7 +615,7 @@ def time_saved(path: Path) -> float:
 
 
 def find_and(where: str | Path, use: Callable[[Checkpoint], T]) -> T:
-    """Return use(the newest checkpoint); when training deletes that meanwhile, of the next one."""
+    """Return use(the newest checkpoint); try again when training deletes that one meanwhile."""
     while True:
         try:
             return use(find(where))
@@ -641,10 +641,10 @@ def find(where: str | Path) -> Checkpoint:
 
 
 class Header(NamedTuple):
-    """What a file of tensors says of one, before it is read."""
+    """Shape and type of a tensor, from the header of its file."""
 
     shape: tuple[int, ...]
-    dtype: str  # in the file's words: F32, BF16, I64, ...
+    dtype: str  # as safetensors names it: F32, BF16, I64, ...
 
     def __str__(self) -> str:
         return f"{self.dtype} {self.shape}"
@@ -686,7 +686,7 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def not_loaded(path: Path, e: Exception) -> UserError:
-    """Return what an error of loading a file of tensors means: torch has one type for all."""
+    """Return the UserError for a file of tensors that failed to load, by its cause."""
     try:
         with open(path, "rb"):
             pass
@@ -709,7 +709,7 @@ def load_weights(checkpoint: Checkpoint, model: torch.nn.Module):
 
 
 def moments_header(names: dict[torch.nn.Parameter, str], optimizer) -> dict[str, Header]:
-    """Return what the file of an optimizer's moments says of them: AdamW's three, Muon's one."""
+    """Return the header that an optimizer's moments must have: AdamW has three, Muon one."""
     header = {}
     for group in optimizer.param_groups:
         moments = ["step", "exp_avg", "exp_avg_sq"]
@@ -725,7 +725,7 @@ def moments_header(names: dict[torch.nn.Parameter, str], optimizer) -> dict[str,
 def load_moments(path: Path, expected: dict[str, Header]) -> dict[str, torch.Tensor]:
     """Load an optimizer's moments. Raises UserError unless they are exactly the expected ones.
 
-    The fused kernels look at neither shape nor type: they would read and write out of bounds.
+    The fused kernels check neither shape nor type: they would read and write out of bounds.
     """
     header = stored_header(path)
     for key in expected | header:

@@ -50,7 +50,7 @@ def remove_leftovers(path: Path):
 
 
 def is_running(pid: int) -> bool:
-    """Return whether a process of this number exists on this machine."""
+    """Return whether a process with this id exists on this machine."""
     try:
         os.kill(pid, 0)  # signal 0 only asks
     except (ProcessLookupError, OverflowError):
@@ -156,7 +156,7 @@ REMEDIES = {
 
 
 def error_number(e: BaseException) -> int | None:
-    """Return the errno of an OSError, or of one that a library has made a text of."""
+    """Return the errno of an OSError, also from the text of another library's error."""
     number = getattr(e, "errno", None)
     quoted = re.search(r"\(os error (\d+)\)", str(e))  # safetensors' way
     if number is None and quoted:
@@ -165,6 +165,6 @@ def error_number(e: BaseException) -> int | None:
 
 
 def remedy(e: BaseException, path: str | Path) -> str:
-    """Return what helps against an error in reading or writing at a path, as a hint says it."""
+    """Return the hint for an error in reading or writing at a path."""
     default = "look after the disk of {path} (dmesg)"
     return REMEDIES.get(error_number(e), default).format(path=path)

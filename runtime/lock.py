@@ -1,4 +1,4 @@
-"""A lock that keeps a directory for one process; it lies in the directory that it protects."""
+"""A lock on a directory for one process: a locked file in that directory."""
 
 import errno
 import fcntl
@@ -11,11 +11,11 @@ from runtime.files import NOT_SUPPORTED, is_running
 
 
 class Lock:
-    """Keeps a directory for this process, by a lock on a file in it.
+    """Locks a directory for this process, by a lock on a file in it.
 
     The system releases it when the process ends, however that happens. Where there are no locks,
-    the file's content decides, the host and number of the process that made it: a process of this
-    machine that still runs is noticed, one of another machine is not; `supported` is False.
+    `supported` is False and the file's content decides, host and id of the process that has the
+    lock: a process of this machine that still runs is noticed, one of another machine is not.
     """
 
     def __init__(self, folder: Path, name: str = ".lock"):
@@ -53,12 +53,12 @@ class Lock:
                 taken = int(pid) != os.getpid() and is_running(int(pid))
         if taken:
             holder = f"process {pid or '?'} on {host or '?'}"
-            if not self.supported:  # the number may be that of another process by now
+            if not self.supported:  # the id may be that of another process by now
                 holder += f"; if that is another program, delete {self.path}"
             raise BlockingIOError(errno.EWOULDBLOCK, holder)
 
     def close(self):
-        """Give the directory back, once."""
+        """Release the lock; a second call does nothing."""
         if self.file is None:
             return
         with suppress(OSError):  # while it is locked: nobody deletes the file of the next one

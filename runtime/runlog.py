@@ -25,10 +25,10 @@ from runtime.lock import Lock
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-# lines that a checkpoint keeps, the newest, while the log cannot be written: 20 MB
-KEPT_LINES = 100_000
+# newest lines that a checkpoint stores while the log cannot be written: 20 MB
+STORED_LINES = 100_000
 
-# what the end of a run waits for W&B, at most
+# longest time that the end of a run waits for W&B
 WANDB_END_SECONDS = 10
 
 
@@ -57,8 +57,8 @@ COMPUTES = (
 def add_part(earlier, part: dict, step: int) -> tuple[dict, str]:
     """Return env.json for a run that begins at a step, and what has changed since the part before.
 
-    `earlier` is the env.json of the parts before, whatever it holds. The last part is at the top;
-    `began_at` are the steps at which a process of that part began.
+    `earlier` is the existing env.json, whatever it holds. The newest part is at the top level;
+    `began_at` lists the steps at which a process of that part began.
     """
     if not isinstance(earlier, dict):
         return part | {"began_at": [step], "earlier": []}, ""
@@ -123,7 +123,7 @@ def parse_record(line: bytes) -> dict | None:
 
 
 def without_nan(record: dict) -> dict:
-    """Return a record with null for NaN and infinity, which JSON has no words for."""
+    """Return a record with null for NaN and infinity, which JSON does not have."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in record.items()
@@ -138,7 +138,7 @@ class RunLog:
     """Writes records in the process that has opened a run directory; does nothing in the others.
 
     One JSON object per line in metrics.jsonl, unbuffered: what was logged survives a crash of the
-    process. A resumed run cuts the file to the step it resumes from, so that no step stands there
+    process. A resumed run cuts the file to the step it resumes from, so that no step appears
     twice. What cannot be written (disk full) is kept, in the checkpoints too, and tried again with
     the next line; the run continues. A file that is deleted or replaced meanwhile is written again.
     """
@@ -164,7 +164,7 @@ class RunLog:
         self.file = open_to_update(path)
         try:
             text = self.cut(resume_step)
-        except BaseException:  # close() must not write where the cut has ended half-way
+        except BaseException:  # close() must not write to a file that is half cut
             file, self.file = self.file, None
             close_file(file)
             raise
@@ -179,19 +179,19 @@ class RunLog:
         cut_samples(run_dir / "samples.txt", resume_step)
 
     def cut(self, resume_step: int) -> bytes:
-        """Leave out of metrics.jsonl what a run that resumes at a step writes again; return it."""
+        """Remove from metrics.jsonl what a run resumed at a step writes again; return the rest."""
         content = self.file.read()
         lines = content.splitlines(keepends=True)
         text = b"".join(line for line in lines if belongs_before(line, resume_step))
         if content.startswith(text):
             self.file.truncate(len(text))
             self.end = len(text)
-        else:  # the lines in between are later ones, or none
+        else:  # what is removed is not all at the end
             self.rewrite(text)
         return text
 
     def lock_directory(self):
-        """Keep the run directory for this process, until close() or its end. Raises UserError."""
+        """Lock the run directory until close() or the end of the process. Raises UserError."""
         try:
             self.directory_lock = Lock(self.run_dir, ".lock-log")
         except BlockingIOError as e:
@@ -210,7 +210,7 @@ class RunLog:
         with atomic(self.path) as temporary:
             temporary.write_bytes(text)
         new = open_to_update(self.path)
-        # at once: other threads ask whether there is a file
+        # in one statement, because other threads read self.file
         old, self.file, self.end = self.file, new, len(text)
         close_file(old)
 
@@ -254,7 +254,7 @@ class RunLog:
         self.end += len(data)
 
     def reopen_if_replaced(self):
-        """Write metrics.jsonl again when the name no longer means the file that is written here.
+        """Write metrics.jsonl again when its path no longer leads to the open file.
 
         Deleted, replaced by an editor or by a copy: the open file still has every line.
         """
@@ -283,7 +283,7 @@ class RunLog:
         with self.lock:
             if self.unwritten:
                 self.flush()
-            return [line.decode().removesuffix("\n") for line in self.unwritten[-KEPT_LINES:]]
+            return [line.decode().removesuffix("\n") for line in self.unwritten[-STORED_LINES:]]
 
     def sync(self):
         """Fsync, so that the log never lags behind a checkpoint."""
@@ -298,7 +298,7 @@ class RunLog:
                     self.error = e
 
     def close(self):
-        """Close metrics.jsonl and give the run directory back, once.
+        """Close metrics.jsonl and unlock the run directory; a second call does nothing.
 
         `error` stays when the last lines could not be written.
         """
@@ -318,12 +318,12 @@ class RunLog:
 
 
 def open_to_update(path: Path):
-    """Open a file, made if there is none, unbuffered; "w" would empty one that exists."""
+    """Open a file unbuffered, creating it if need be; "w" would empty one that exists."""
     return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
 
 
 def close_file(file):
-    """Close a file; an error, whatever the file held until then, is only said."""
+    """Close a file; an error is only reported."""
     try:
         file.close()
     except OSError as e:
@@ -332,15 +332,15 @@ def close_file(file):
 
 def write_all(file, data: bytes):
     """Write all of `data` to an unbuffered file. Raises OSError."""
-    while data:  # a full disk takes a part at first
+    while data:  # a full disk may take only a part
         data = data[file.write(data) :]
 
 
 def belongs_before(line: bytes, resume_step: int) -> bool:
     """Return whether a line of metrics.jsonl is kept when a run resumes at a step.
 
-    Kept is everything before it, and the update and save of that step, but not its evaluation,
-    which is repeated. Nothing is kept at step 0.
+    Everything before the step is kept, and its update and save, but not its evaluation, which is
+    repeated. Nothing is kept at step 0.
     """
     record = parse_record(line)
     if record is None or not line.endswith(b"\n"):  # cut off by a crash
@@ -375,7 +375,7 @@ def cut_samples(path: Path, resume_step: int):
 
 
 class Wandb:
-    """Sends records to Weights & Biases from a thread: no slow network holds or stops a run.
+    """Sends records to Weights & Biases from a thread: a slow network delays no run.
 
     "auto" follows W&B's own settings (WANDB_MODE, `wandb login`, its own server), and is off
     without a key, where wandb itself would prompt for one. Failures are reported in one line.
@@ -391,7 +391,7 @@ class Wandb:
             self.thread.start()
 
     def work(self, cfg):
-        """Log what comes through the queue, until None comes (the thread)."""
+        """Log what comes through the queue, until None comes (in the thread)."""
         try:
             import wandb
 

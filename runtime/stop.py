@@ -157,7 +157,7 @@ class Stop:
 def processes_of_this_machine(world: World) -> list[int]:
     """Return descriptors of the other ranks' processes on this machine; empty where there are none.
 
-    Descriptors rather than numbers: another program may get the number of a process that has ended.
+    Descriptors rather than ids: another program may get the id of a process that has ended.
     """
     machine = socket.gethostname(), os.environ.get("GROUP_RANK")
     processes = [None] * world.world_size

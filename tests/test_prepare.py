@@ -1257,8 +1257,10 @@ def test_a_store_of_xet_that_is_away_is_waited_for(edu_hub, source, tmp_path, mo
 
 def test_full_disks_are_not_waited_for():
     """As Python and as hf_xet say it."""
-    assert not prepare.may_pass(OSError(28, "No space left on device"))
-    assert not prepare.may_pass(RuntimeError("Task error: No space left on device (os error 28)"))
+    assert not prepare.is_temporary(OSError(28, "No space left on device"))
+    assert not prepare.is_temporary(
+        RuntimeError("Task error: No space left on device (os error 28)")
+    )
 
 
 def test_nothing_waits_for_a_download_that_nobody_needs_any_more():
