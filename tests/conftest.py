@@ -14,6 +14,7 @@ from pathlib import Path
 # before torch is imported: at tiny sizes a second thread only waits
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -21,6 +22,15 @@ ROOT = Path(__file__).resolve().parent.parent
 STRICT = os.environ.get("STRICT") == "1"
 # reasons to skip a test that are no failure under STRICT=1: a stranger's machine may lack these
 MAY_BE_MISSING = ("GPU", "beside the repository", "strace", "loop mounts", "without LaTeX")
+
+# the same examples each time, and no example fails because it was slow
+hypothesis.settings.register_profile("repository", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("repository")
+
+# starts processes that have imported the scripts already, within 0.1 s
+FORKSERVER = multiprocessing.get_context("forkserver")
+# once for all files: its first process ends the choice
+FORKSERVER.set_forkserver_preload(["train_gpt2", "matplotlib.pyplot", "prepare", "pyarrow.parquet"])
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -117,7 +127,6 @@ SMALL = dict(
 TINY = tuple(options(*(f"--{name} {value}" for name, value in SMALL.items())))
 
 
-# starts scripts under torchrun: what NCCL refuses then fails under gloo, too
 def start_waiting(script: str, path: Path, line: str) -> subprocess.Popen:
     """Start a Python script with a path, which prints a line and then waits for its stdin."""
     process = subprocess.Popen(
@@ -131,6 +140,7 @@ def start_waiting(script: str, path: Path, line: str) -> subprocess.Popen:
     return process
 
 
+# starts scripts under torchrun: what NCCL refuses then fails under gloo, too
 STRICT_GROUP = ROOT / "tests" / "strict_group.py"
 
 
@@ -255,11 +265,10 @@ def launch():
 
     It takes real signals and really dies.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train_gpt2", "matplotlib.pyplot"])
 
     def start(argv, output, threads=1):
-        process = context.Process(target=train_process, args=(options(*argv), str(output), threads))
+        arguments = (options(*argv), str(output), threads)
+        process = FORKSERVER.Process(target=train_process, args=arguments)
         process.start()
         return process
 
@@ -296,6 +305,15 @@ def weights(run_dir: Path, step: int | None = None) -> dict[str, str]:
     paths = checkpoint.steps(run_dir / "ckpt")
     path = paths[-1] if step is None else run_dir / "ckpt" / f"step_{step:06d}"
     return checkpoint.read(path).state["sha256"]
+
+
+def lose_the_end(run_dir: Path):
+    """Leave the oldest checkpoint alone: the run has finished before all faults have come."""
+    from runtime import checkpoint
+
+    (run_dir / "finished.json").unlink()
+    for path in checkpoint.steps(run_dir / "ckpt")[1:]:
+        shutil.rmtree(path)
 
 
 # --------------------------------------------------------------------------------------------------

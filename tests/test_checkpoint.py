@@ -598,12 +598,12 @@ NONSENSE = [
 def test_a_shape_that_is_not_the_weights_own_is_refused_before_anything_is_built(sealed, changes):
     """Whatever it asks for: within a second, and without the memory."""
     path = sealed({"gpt_config": dataclasses.asdict(TOY) | changes})
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(
         UserError, match="does not fit the weights|says n_layer|is not of this model"
     ):
         hf.load(str(path))
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
 
 
 @pytest.mark.parametrize(

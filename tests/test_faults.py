@@ -6,7 +6,6 @@ A run loses nothing and changes nothing. Faults come at the beginning of a chose
 
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -25,11 +24,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import (
+    FORKSERVER,
     ROOT,
     TINY,
     at_step,
     decisive,
     files,
+    lose_the_end,
     options,
     poisoned,
     python,
@@ -267,50 +268,50 @@ def test_compiled_on_two_threads_it_resumes_exactly(command, launch, tmp_path):
     assert_equal(tmp_path / "parts", tmp_path / "whole")
 
 
-def random_moment(rng: random.Random, after_steps: bool, output: Path, seen: int, process):
-    """Wait for a random moment of a run: in its start, or after a few of its steps."""
-    lines = rb"^step \d+/" if after_steps else rb"^data \|"
-    n = rng.randint(1, 4) if after_steps else 1
+def random_moment(rng: random.Random, after_saves: bool, output: Path, seen: int, process):
+    """Wait for a random moment of a run: in its start, or after one or two of its saves."""
+    lines = rb"^step \d+ \| saved" if after_saves else rb"^data \|"
+    n = rng.randint(1, 2) if after_saves else 1
     while process.is_alive():
-        text = output.read_bytes()[seen:] if output.exists() else b""
-        if len(re.findall(lines, text, re.M)) >= n:
+        if len(re.findall(lines, output.read_bytes()[seen:], re.M)) >= n:
             break
         time.sleep(0.001)
-    time.sleep(rng.uniform(0, 0.01 if after_steps else 0.1))
+    time.sleep(rng.uniform(0, 0.01 if after_saves else 0.1))
 
 
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM"])
-def test_ended_ten_times_at_random_moments(whole, command, launch, tmp_path, how):
+def test_ended_five_times_at_random_moments(whole, command, launch, tmp_path, how):
     """A process that saves every other step is killed, or asked to stop: the end is the same.
 
-    Half of the moments lie between the opening of the data and the first steps, half are counted
-    from the first steps: on slow cores, too, there is something to lose.
+    The moments lie by turns after a save and between the opening of the data and the first steps.
     """
     rng = random.Random(how)
-    output = tmp_path / "out.txt"
-    changes = options("--log_dir", tmp_path, "--run_name r --save_interval 2")
+    run_dir, output = tmp_path / "r", tmp_path / "out.txt"
+    output.touch()
+    changes = options("--log_dir", tmp_path, "--run_name r --save_interval 2 --keep_last 60")
     ended = 0
-    process = None
-    while process is None or process.exitcode != 0:
-        seen = output.stat().st_size if output.exists() else 0
+    while ended < 5:
+        seen = output.stat().st_size
         process = launch([*command, *changes], output)
-        if ended < 10:
-            random_moment(rng, ended % 2 == 0, output, seen, process)
-            if process.is_alive():
-                os.kill(process.pid, getattr(signal, how))
+        random_moment(rng, ended % 2 == 0, output, seen, process)
+        if process.is_alive():
+            os.kill(process.pid, getattr(signal, how))
         process.join()
         text = output.read_text()[seen:]
-        if process.exitcode != 0:
-            ended += 1
-            assert process.exitcode == (-9 if how == "SIGKILL" else 75), text
-            assert how == "SIGKILL" or "interrupted by SIGTERM" in text
-            assert "Traceback" not in text
-    assert ended == 10, "finished too early to be interrupted ten times"
-    assert "resume | step" in output.read_text(), "ended before the first checkpoint every time"
-    assert_equal(tmp_path / "r", whole)
+        assert "Traceback" not in text
+        if (run_dir / "finished.json").exists():
+            lose_the_end(run_dir)
+            continue
+        ended += 1
+        assert process.exitcode == (-9 if how == "SIGKILL" else 75), text
+        assert how == "SIGKILL" or "interrupted by SIGTERM" in text
+    process = launch([*command, *changes], output)
+    process.join()
+    assert process.exitcode == 0 and "resume | step" in output.read_text()
+    assert_equal(run_dir, whole)
 
 
-def train_without_polling(ready):
+def train_without_polling(ready, handled):
     """Stand for a process that trains and never polls."""
     # a shell's background job would ignore it
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -319,18 +320,19 @@ def train_without_polling(ready):
     ready.set()
     while True:
         time.sleep(0.01)
+        if stop.reason:
+            handled.set()
 
 
 def test_the_second_ctrl_c_ends_at_once():
-    context = multiprocessing.get_context("forkserver")
-    ready = context.Event()
-    process = context.Process(target=train_without_polling, args=(ready,))
+    ready, handled = FORKSERVER.Event(), FORKSERVER.Event()
+    process = FORKSERVER.Process(target=train_without_polling, args=(ready, handled))
     process.start()
     assert ready.wait(60)
-    for alive in (True, False):
-        os.kill(process.pid, signal.SIGINT)
-        process.join(1)
-        assert process.is_alive() == alive
+    os.kill(process.pid, signal.SIGINT)
+    assert handled.wait(60) and process.is_alive()
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
     assert process.exitcode == -signal.SIGINT
 
 
@@ -413,7 +415,7 @@ def ranks(launcher) -> list[int]:
     return [pid_of_rank[rank] for rank in sorted(pid_of_rank)]
 
 
-def wait_for(launcher, output: Path, text: str, times: int = 1, seconds: float = 90) -> float:
+def wait_for(launcher, output: Path, text: str, times: int = 1, seconds: float = 600) -> float:
     """Wait until a text is in the output so many times; return the seconds that it took."""
     started = time.monotonic()
     while output.read_text().count(text) < times:
@@ -426,7 +428,8 @@ def wait_for(launcher, output: Path, text: str, times: int = 1, seconds: float =
 def test_torchrun_stopped_killed_and_hung(command, tmp_path):
     """SIGTERM to torchrun, then a rank of two killed, then one hung: the end is the same.
 
-    The hung one is ended by its peer, and training continues, within --group_timeout + 20 s.
+    The hung one is ended by its peer, and training continues, within --group_timeout + 20 s; on a
+    slow machine within three times what the first start takes.
     """
     steps = "--total_batch 768 --max_steps 400 --max_lr 1e-3 --eval_interval 500"
     steps += " --save_interval 25 --log_interval 5 --group_timeout 10"
@@ -436,11 +439,11 @@ def test_torchrun_stopped_killed_and_hung(command, tmp_path):
     words += ["--run_name", "r"]
     output = tmp_path / "1.txt"
     first = start_torchrun(output, *words)
-    wait_for(first, output, "step 30/")
+    soon = max(20, 3 * wait_for(first, output, "step 30/"))
     started = time.monotonic()
     first.send_signal(signal.SIGTERM)
     first.wait()
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < soon
     assert "interrupted by SIGTERM at step" in output.read_text()
     output = tmp_path / "2.txt"
     restarts = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -449,7 +452,7 @@ def test_torchrun_stopped_killed_and_hung(command, tmp_path):
     os.kill(ranks(second)[1], signal.SIGKILL)
     wait_for(second, output, "step 250/")
     os.kill(ranks(second)[1], signal.SIGSTOP)
-    assert wait_for(second, output, "resume | step", times=3) < 10 + 20
+    assert wait_for(second, output, "resume | step", times=3) < 10 + soon
     assert second.wait() == 0
     text = output.read_text()
     assert "no progress for 10 s" in text and "torchrun | a restart may fail" not in text
@@ -484,7 +487,7 @@ def test_two_launches_from_two_directories(clone, command, tmp_path):
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
             )
             nodes.append(node)
-        outputs = [node.communicate(timeout=180)[0] for node in nodes]
+        outputs = [node.communicate(timeout=1200)[0] for node in nodes]
         assert [node.returncode for node in nodes] == [0, 0], outputs
         return outputs[0]
 
@@ -650,9 +653,8 @@ def tracer_of(thread: int) -> int:
 def traced(argv: list[str], output: Path, *options: str, wait=wait_at_the_save) -> int:
     """Train with strace at the thread that `wait` announces; return the exit status."""
     output.touch()
-    context = multiprocessing.get_context("forkserver")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=wait, args=(argv, str(output), theirs))
+    ours, theirs = FORKSERVER.Pipe()
+    process = FORKSERVER.Process(target=wait, args=(argv, str(output), theirs))
     process.start()
     theirs.close()
     thread = ours.recv()
@@ -763,7 +765,16 @@ def test_a_kill_at_system_calls_of_the_main_thread_loses_nothing(short, train_he
 
 @contextmanager
 def full_disk(full):
-    """Let the system refuse files above 40 KB in steps for which full(step) is true."""
+    """Let the system refuse files above 40 KB in steps for which full(step) is true.
+
+    Each save ends before the next step: it finds the disk as it was when it began.
+    """
+    save = checkpoint.Saver.save
+
+    def save_and_wait(saver, *args):
+        save(saver, *args)
+        saver.wait()
+
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limit(step):
@@ -771,7 +782,8 @@ def full_disk(full):
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, limits[1]))
 
     try:
-        with at_step(limit):
+        with at_step(limit), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoint.Saver, "save", save_and_wait)
             yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -909,14 +921,14 @@ def fail_for(name: str, fail):
 
 def test_a_console_that_is_gone_stops_nothing():
     code = (
-        "import time; from runtime.command_line import say;"
-        "say('1'); time.sleep(1); say('2'); say('3'); open('/dev/null'); print(4)"
+        "import sys; from runtime.command_line import say;"
+        "say('1'); sys.stdin.read(); say('2'); say('3'); open('/dev/null'); print(4)"
     )
-    process = subprocess.Popen(
-        python("-c", code), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen(python("-c", code), cwd=ROOT, **pipes)
     process.stdout.readline()
     process.stdout.close()
+    process.stdin.close()
     assert process.wait() == 0 and process.stderr.read() == b""
 
 
@@ -926,7 +938,7 @@ def test_a_console_that_is_gone_stops_nothing():
 def test_wandb_without_key_or_network_delays_nothing(
     whole, train, tmp_path, monkeypatch, key, server
 ):
-    """Not by a second at the start, and the run is the same."""
+    """The start waits for no answer, and the run is the same."""
     for proxy in options("https_proxy HTTPS_PROXY all_proxy ALL_PROXY"):
         monkeypatch.delenv(proxy, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
@@ -941,7 +953,7 @@ def test_wandb_without_key_or_network_delays_nothing(
 
     monkeypatch.setattr(runlog.Wandb, "__init__", timed)
     monkeypatch.setattr(runlog.Wandb, "close", lambda self, seconds: close(self, 5))
-    assert train("r", "--wandb auto")[0] == 0 and seconds[0] < 1
+    assert train("r", "--wandb auto")[0] == 0 and seconds[0] < runlog.WANDB_END_SECONDS
     assert_equal(tmp_path / "r", whole)
 
 
@@ -1060,19 +1072,16 @@ def test_nothing_learned_from_a_shard_that_was_damaged_before_stays(
     root = with_manifest(shutil.copytree(data, tmp_path / "data"))
     shard = root / "data_train_000001.npy"
     flip(shard)
-    compared, looked = threading.Event(), threading.Event()
-    scan = shard_files.scan
+    due, scan = threading.Event(), shard_files.scan
 
     def scan_later(*args, **more):
-        compared.wait(60)
-        found = scan(*args, **more)
-        if args[0].path.endswith("000001.npy"):
-            looked.set()
-        return found
+        due.wait(60)
+        return scan(*args, **more)
 
     def compare_now():
-        compared.set()
-        assert looked.wait(60)
+        (comparing,) = [t for t in threading.enumerate() if t.name == "verify"]
+        due.set()
+        comparing.join()
 
     monkeypatch.setattr(shard_files, "scan", scan_later)
     monkeypatch.setattr(shard_files, "VERIFY_FIRST", 0)  # small data are compared before step 1

@@ -205,7 +205,7 @@ def test_ids_that_pad_the_vocabulary_are_never_drawn(model):
 # text
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.one_of(st.text().map(gpt2().encode_ordinary), st.lists(st.integers(0, EOT - 1))))
 def test_streamed_text_is_the_decoded_text(ids):
     """Split characters come in one piece; invalid bytes become the same replacement characters."""
@@ -222,7 +222,7 @@ def test_no_half_character_is_ever_shown():
     assert "\ufffd" not in "".join(pieces)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.text("abc ", max_size=12),
     st.lists(st.text("abc ", min_size=1, max_size=4), max_size=3),

@@ -4,12 +4,12 @@ python -m pytest tests/test_muon.py
 """
 
 import math
-import multiprocessing
 
 import pytest
 import strict_group
 import torch
 import torch.distributed as dist
+from conftest import FORKSERVER
 from test_optim import TINY, give_gradients
 
 import optim
@@ -206,12 +206,11 @@ def test_two_processes_share_the_work_and_end_with_the_same(tmp_path):
 
     Three layers, so that their three tall matrices do not divide by two.
     """
-    context = multiprocessing.get_context("forkserver")
     two_steps(0, 1, "", str(tmp_path / "one"))
     processes = []
     for rank in range(2):
         arguments = (rank, 2, f"file://{tmp_path}/rendezvous", str(tmp_path / f"two.{rank}"))
-        processes.append(context.Process(target=two_steps, args=arguments))
+        processes.append(FORKSERVER.Process(target=two_steps, args=arguments))
     for process in processes:
         process.start()
     for process in processes:

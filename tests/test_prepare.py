@@ -11,7 +11,6 @@ import http.server
 import io
 import itertools
 import json
-import multiprocessing
 import os
 import resource
 import shutil
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run
+from conftest import FORKSERVER, run
 
 import prepare
 import shard_files
@@ -766,14 +765,6 @@ def prepare_process(out: str, source: str, limit: int = 0):
 LARGER = Dataset(shard_tokens=10_000)
 
 
-@pytest.fixture(scope="session")
-def processes():
-    """Starts processes that have prepare.py imported already, within 0.1 s."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["prepare", "pyarrow.parquet"])
-    return context
-
-
 @pytest.fixture
 def larger(tmp_path):
     """A small input file and eleven of 300 documents: long enough to be killed at."""
@@ -789,7 +780,7 @@ def larger(tmp_path):
     return str(tmp_path / "in")
 
 
-def test_thirty_kills_change_no_byte(larger, processes, tmp_path):
+def test_thirty_kills_change_no_byte(larger, tmp_path):
     """SIGKILL at random moments; a preparation that ends is compared, and another one begun.
 
     Within 0.3 s, or more where this machine at this hour has nothing done by then.
@@ -798,7 +789,7 @@ def test_thirty_kills_change_no_byte(larger, processes, tmp_path):
     expected = fineweb(tmp_path / "whole", larger, LARGER)
     while kills < 30 or not whole:
         out = tmp_path / f"out-{whole}"
-        process = processes.Process(target=prepare_process, args=(str(out), larger))
+        process = FORKSERVER.Process(target=prepare_process, args=(str(out), larger))
         process.start()
         process.join(rng.uniform(0.02, longest) if kills < 30 else 60)
         if process.is_alive():
@@ -813,10 +804,10 @@ def test_thirty_kills_change_no_byte(larger, processes, tmp_path):
     assert halves  # some were killed with work behind them and before them
 
 
-def test_two_at_once_do_no_harm(larger, processes, tmp_path):
+def test_two_at_once_do_no_harm(larger, tmp_path):
     """The later one is refused, unless the earlier one is done by then."""
     expected, out = fineweb(tmp_path / "whole", larger, LARGER), tmp_path / "out"
-    both = [processes.Process(target=prepare_process, args=(str(out), larger)) for _ in range(2)]
+    both = [FORKSERVER.Process(target=prepare_process, args=(str(out), larger)) for _ in range(2)]
     for process in both:
         process.start()
     for process in both:
@@ -824,7 +815,7 @@ def test_two_at_once_do_no_harm(larger, processes, tmp_path):
     assert listing(out) == expected and sorted(p.exitcode for p in both)[0] == 0
 
 
-def test_a_directory_in_use_is_refused_and_untouched(source, tmp_path, text):
+def test_a_directory_in_use_is_refused_and_untouched(source, tmp_path, text, monkeypatch):
     """Whatever it is used for; the default text waits for its turn instead."""
     out, text_files = tmp_path / "out", write(tmp_path / "a.jsonl", DOCUMENTS)
     with prepare.writing(str(out)):
@@ -833,8 +824,11 @@ def test_a_directory_in_use_is_refused_and_untouched(source, tmp_path, text):
             assert f"another prepare.py is writing to {out}; hint: wait for it" in message
         assert os.listdir(out) == ["writing-abc.tmp"]
         text.write_text(PROSE)
+        there, lock = threading.Event(), prepare.lock
+        monkeypatch.setattr(prepare, "lock", lambda *args: there.set() or lock(*args))
         waiting = threading.Thread(target=prepare.shakespeare, args=(str(out),))
         waiting.start()
+        assert there.wait(60)
         time.sleep(0.2)
         assert os.listdir(out) == ["writing-abc.tmp"]
     waiting.join()
@@ -951,10 +945,10 @@ def test_shards_of_something_else_are_not_taken_for_a_lost_data_set(source, tmp_
     assert expected in message and listing(out) == before
 
 
-def test_a_full_disk_is_reported_and_what_is_done_stays_done(larger, processes, tmp_path):
+def test_a_full_disk_is_reported_and_what_is_done_stays_done(larger, tmp_path):
     """As far as a limit on the size of files goes: the first file's shard fits, a full one not."""
     out, expected = tmp_path / "out", fineweb(tmp_path / "whole", larger, LARGER)
-    process = processes.Process(target=prepare_process, args=(str(out), larger, 15_000))
+    process = FORKSERVER.Process(target=prepare_process, args=(str(out), larger, 15_000))
     process.start()
     process.join(60)
     (message,) = (tmp_path / "out.stderr").read_text().splitlines()

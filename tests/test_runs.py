@@ -69,7 +69,7 @@ def replace_programs(folder: Path, options: dict[str, list], **scripts: str) -> 
 
 def bash(script: str, *args, cwd: Path, env: dict) -> subprocess.CompletedProcess:
     command = ["bash", f"runs/{script}", *map(str, args)]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=280)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=1200)
 
 
 def steps_of(run_dir: Path) -> list[int]:
@@ -265,7 +265,7 @@ def two_machines(folder: Path, *options) -> list[int]:
         with open(folder / f"output{rank}", "w") as output:
             more = {"cwd": clone, "stdout": output, "stderr": subprocess.STDOUT}
             machines.append(subprocess.Popen(command, env=env | {"NODE_RANK": str(rank)}, **more))
-    return [machine.wait(timeout=280) for machine in machines]
+    return [machine.wait(timeout=1200) for machine in machines]
 
 
 @pytest.mark.slow

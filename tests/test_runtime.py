@@ -283,7 +283,7 @@ def test_the_watchdog_waits_for_a_compilation(monkeypatch, capfd):
         with stop.allow_compiling():
             watchdog.start()
             assert not ended.wait(1.5)  # it looks once a second
-        assert ended.wait(5)
+        assert ended.wait(60)
     finally:
         stop.close()
         watchdog.join()
@@ -728,11 +728,11 @@ from runtime.runlog import Wandb
 
 wandb = Wandb(config.preset("shakespeare", wandb=sys.argv[3]), None, Path(sys.argv[2]))
 wandb.queue.put({"step": 1, "train/loss": 5.0})
-if wandb.thread.is_alive():
-    wandb.thread.join(4)
+while wandb.thread.is_alive() and not wandb.queue.empty():
+    time.sleep(0.01)
 started = time.monotonic()
 wandb.close(1)
-assert time.monotonic() - started < 2
+assert time.monotonic() - started < 10
 """
 
 
@@ -809,11 +809,14 @@ def test_wandb_auto_follows_wandb_mode(send, wandb_server, choice, mode, starts,
 
 
 def test_without_a_network_wandb_ends_before_the_run(send):
-    """At once, in one line, and without a process of its own: see also test_faults.py."""
+    """At once, in one line, and without a process of its own, which would end after a minute.
+
+    See also test_faults.py.
+    """
     started = time.monotonic()
     names, out = send("online", WANDB_API_KEY=KEY, WANDB_BASE_URL="http://127.0.0.1:9")
     assert names == [] and out.startswith("wandb | off from here: URLError")
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 50
 
 
 # --------------------------------------------------------------------------------------------------

@@ -124,7 +124,7 @@ def test_order_of_ten_billion_tokens_reads_every_window_once():
 # windows
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     sizes=st.lists(st.integers(40, 400), min_size=1, max_size=5),
     T=st.integers(1, 39),
@@ -154,7 +154,7 @@ def test_each_epoch_reads_every_window_once(tmp_path_factory, sizes, T, data_ord
             assert left_out - w.offset(epoch) < T
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     sizes=st.lists(st.integers(60, 500), min_size=1, max_size=4),
     T=st.integers(2, 30),
@@ -204,9 +204,9 @@ def test_epochs_that_are_not_whole_are_counted_in_windows(tmp_path):
 def test_the_index_of_ten_billion_tokens_costs_nothing(tmp_path):
     """100 shards, 9.77 million windows: measured 0.01 s and 0.05 MB; a busy machine has room."""
     folder = sparse_shards(tmp_path / "s", [97_700 * 1024 + 1] * 100)
-    started = time.perf_counter()
+    started = time.process_time()
     open_windows(folder, 1024, "global", 1337).locate(np.arange(64))
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
     tracemalloc.start()
     w = open_windows(folder, 1024, "global", 1337)
     places = w.locate(np.arange(64))
@@ -280,7 +280,7 @@ def global_batches(loaders: list[Loader], steps: int) -> list[tuple[int, list]]:
     return batches
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     sizes=st.lists(st.integers(50, 300), min_size=1, max_size=4),
     T=st.integers(1, 20),

@@ -3,7 +3,6 @@
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
-from conftest import TINY, files, options, python, write_shards
+from conftest import TINY, files, lose_the_end, options, python, write_shards
 from test_faults import assert_equal, corrupt
 
 from runtime import checkpoint
@@ -96,13 +95,6 @@ def damage_log(run_dir: Path, rng: random.Random):
 def damage_settings(run_dir: Path, rng: random.Random):
     """Leave a settings file as a power cut may."""
     (run_dir / rng.choice(["config.json", "env.json"])).write_bytes(rng.choice(TORN_FILES))
-
-
-def lose_the_end(run_dir: Path):
-    """Leave the oldest checkpoint alone: the run has finished before all faults have come."""
-    (run_dir / "finished.json").unlink()
-    for path in checkpoint.steps(run_dir / "ckpt")[1:]:
-        shutil.rmtree(path)
 
 
 DAMAGES = (damage_checkpoint, damage_log, damage_settings)

@@ -1,11 +1,9 @@
 """python -m pytest tests/test_study.py : which runs a study makes; stopped, it resumes."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from conftest import ROOT, TINY, run, write_shards
 import config
 from model import GPT, GPTConfig
 from runtime.command_line import UserError
+from runtime.runlog import read_metrics
 from runtime.stop import INTERRUPTED
 from study import MINI, Study, changed_since, commands, train_all
 
@@ -131,8 +130,7 @@ def test_a_run_that_diverges_does_not_end_a_sweep(tmp_path, capsys):
 
 def losses(run_dir) -> dict[int, float]:
     """Return train/loss by step; each step stands in metrics.jsonl once."""
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    steps = [(r["step"], r["train/loss"]) for r in records if "train/loss" in r]
+    steps = [(r["step"], r["train/loss"]) for r in read_metrics(run_dir) if "train/loss" in r]
     assert len(dict(steps)) == len(steps)
     return dict(steps)
 
@@ -144,21 +142,21 @@ def test_a_stopped_study_resumes_and_skips_what_is_finished(tmp_path):
     argv = ["study.py", "gpt2-rope", "--seeds", 2, "--scale", "full", "--max_steps", 200]
     argv += ["--data_root", data, "--log_dir", log, "--", *TINY]
     first, second = (log / f"gpt2-rope-0.0015-seed{seed}" for seed in (1, 2))
-    with open(tmp_path / "output", "w") as output:
-        study = subprocess.Popen(
-            [sys.executable, *map(str, argv)],
-            cwd=ROOT,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-    deadline = time.monotonic() + 200
-    while not ((second / "metrics.jsonl").exists() and len(losses(second)) >= 5):
-        assert study.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+    study = subprocess.Popen(
+        [sys.executable, *map(str, argv)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        bufsize=0,
+        pipesize=4096,  # some forty steps later it waits until their lines are read
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    for line in study.stdout:
+        if line.startswith(b"step 5/") and second.exists():
+            break
     study.send_signal(signal.SIGTERM)
-    assert study.wait(60) == INTERRUPTED
-    output = (tmp_path / "output").read_text()
+    output = study.stdout.read().decode()
+    assert study.wait() == INTERRUPTED
     assert "to resume: the same command again" in output, output
     assert (first / "finished.json").exists() and not (second / "finished.json").exists()
     before = losses(second)

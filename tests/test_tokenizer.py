@@ -121,7 +121,7 @@ def lengths():
 BLANKS = st.text(st.sampled_from("ab'1.\n\r\t \u00a0\u2003\u3000\x1c\x85<|\U0001f600"))
 
 
-@settings(max_examples=500, derandomize=True, deadline=None)
+@settings(max_examples=500)
 @given(text=BLANKS | st.text("\n \ta'1") | st.text(), size=st.integers(1, 5))
 @example(text="a\n\n\n\nb", size=1)
 @example(text="".join(TEXTS), size=1)
@@ -150,7 +150,7 @@ def test_blanks_in_any_number_do_not_overflow_the_regex(blank):
     assert tokenizer.gpt2().decode(ids.tolist()) == text
 
 
-@settings(max_examples=300, derandomize=True, deadline=None)
+@settings(max_examples=300)
 @given(text=st.text())
 def test_any_text_survives_the_round_trip(lengths, text):
     ids = tokenizer.gpt2().encode_ordinary(text)

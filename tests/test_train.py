@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -491,10 +492,10 @@ def test_all_problems_at_once():
     ],
 )
 def test_absurd_settings_are_refused_at_once(changes, words):
-    started = time.perf_counter()
+    started = time.process_time()
     wrong = problems(preset("gpt2-rope", **changes), 1)
     assert any(words in problem and "hint: " in problem for problem in wrong), wrong
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
     assert problems(preset("gpt2-rope", seed=-1, run_name="日本 1", B=1), 1) == []
 
 
@@ -519,10 +520,10 @@ def test_user_errors_have_no_traceback(data, tmp_path, changes, words):
 
 
 def test_help_answers_at_once():
-    """Within 3 seconds on any machine: torch is not even imported."""
-    started = time.perf_counter()
-    done = run(*options("train_gpt2.py gpt2-rope --help"))
-    assert done.returncode == 0 and time.perf_counter() - started < 3
+    """Torch is not even imported."""
+    done = run(*options("-X importtime train_gpt2.py gpt2-rope --help"))
+    imported = re.findall(r"\| +(\S+)$", done.stderr, re.M)
+    assert done.returncode == 0 and "tyro" in imported and "torch" not in imported
     assert "--total_batch" in done.stdout and "tokens in one optimizer step" in done.stdout
 
 
