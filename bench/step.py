@@ -3,10 +3,13 @@
 import contextlib
 import dataclasses
 import multiprocessing
+import re
 import resource
+import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -183,4 +186,7 @@ def measure_peak(part: StepPart, side: str) -> int | None:
         return None
     if pick_device(part.device).type == "cuda":
         return torch.cuda.max_memory_allocated()
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform == "linux":  # where ru_maxrss begins with the peak of the parent
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
