@@ -335,6 +335,7 @@ def test_the_suite_begins_with_the_machine():
     json.dumps(machine)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="takes minutes on a machine with a GPU")
 def test_the_suite_counts_its_tests():
     """Without a GPU all of them are skipped, none has failed."""

@@ -44,13 +44,8 @@ PEAKS = {
 }
 
 
-@pytest.mark.parametrize(
-    "preset, recompute",
-    [
-        ("gpt2-baseline", False),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in list(PEAKS)[1:]),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("preset, recompute", PEAKS)
 def test_peak_memory_of_a_step_of_64_sequences(fake_gpu, preset, recompute):
     """124M, B = 64, T = 1024, uncompiled: 5% above what it was at most. Compiled it is less.
 

@@ -426,11 +426,10 @@ def test_prompts_of_a_file_end_where_lines_end(tmp_path):
             assert generate.read_prompts(str(file)) == [p for p in prompts if p]
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
-def test_every_console_shows_what_it_can(run_dir, encoding):
+def test_every_console_shows_what_it_can(run_dir):
     """Other alphabets, broken characters and escapes: replaced or written out, status 0."""
     args = ["--prompt", "π\x1b]0;x\x07日本", "--max_new_tokens", "20", "--device", "cpu"]
-    env = {"PYTHONIOENCODING": encoding}
+    env = {"PYTHONIOENCODING": "ascii"}
     done = run("generate.py", "--model", run_dir, *args, env=env)
     assert done.returncode == 0, done.stderr
     assert r"?\x1b]0;x\x07??" in done.stdout and "speed | 20 tokens" in done.stdout

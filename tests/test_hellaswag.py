@@ -19,7 +19,7 @@ from conftest import ROOT, TINY, run, write_shards
 import hellaswag
 from model import GPT, GPTConfig
 from runtime import checkpoint
-from runtime.command_line import UserError
+from runtime.command_line import UserError, parse
 from runtime.device import Compute
 from runtime.world import World
 from tokenizer import EOT, gpt2
@@ -411,7 +411,7 @@ def options(**values) -> list[str]:
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
-def test_training_and_the_command_line(tmp_path):
+def test_training_and_the_command_line(tmp_path, capsys):
     """A run on two ranks logs what the command finds; a mistake is one line."""
     data = write_shards(tmp_path / "data", {"train": [6000], "val": [2000]})
     changed = options(data_root=data, log_dir=tmp_path, max_steps=2, run_name="r")
@@ -435,23 +435,22 @@ def test_training_and_the_command_line(tmp_path):
 
     source = options(model=tmp_path / "r", data=OWN, limit=20)
     result_file = options(out=tmp_path / "o.json", per_item=True)
-    done = run("hellaswag.py", *source, *result_file, *options(dtype="float32", device="cpu"))
-    assert done.returncode == 0, done.stderr
-    assert "items were longer than the model's 32 tokens" in done.stdout
+    more = options(dtype="float32", device="cpu")
+    parse(hellaswag.Scoring, [*source, *result_file, *more]).run()
+    printed = capsys.readouterr().out
+    assert "items were longer than the model's 32 tokens" in printed
     result = json.loads((tmp_path / "o.json").read_text())
     assert result["acc_norm"] == pytest.approx(logged[-1]["val/hella_norm"])
     assert len(result["per_item"]) == 20
     item_fields = ["acc_choice", "acc_norm_choice", "label", "losses"]
     assert list(result.pop("per_item")[0]) == item_fields
-    assert result == json.loads(done.stdout.splitlines()[-1])
+    assert result == json.loads(printed.splitlines()[-1])
     fields = ["protocol", "items", "cut", "acc", "acc_se", "acc_norm", "se"]
     assert list(result) == fields
     assert result["protocol"] == "gpt2"
 
-    done = run("hellaswag.py", *options(model=tmp_path / "r", data="nowhere.jsonl"))
-    assert done.returncode == 2
-    assert "no such file: nowhere.jsonl" in done.stderr
-    assert "Traceback" not in done.stderr
+    with pytest.raises(UserError, match="no such file: nowhere.jsonl"):
+        hellaswag.Scoring(model=str(tmp_path / "r"), data="nowhere.jsonl").run()
 
 
 def test_rank_0_alone_reads_the_set(model, monkeypatch):

@@ -724,13 +724,13 @@ def test_export_undoes_import(source, tmp_path):
     )
 
 
-def test_from_a_run_to_a_folder_and_back_into_every_script(tmp_path):
+def test_from_a_run_to_a_folder_and_back_into_every_script(tmp_path, train_here, capsys):
     """Train, export, import; then load() and --init_from, and a refusal to resume it as a run."""
     data = write_shards(tmp_path / "toy", {"train": [6000], "val": [2000]})
     log = tmp_path / "log"
     args = [*map(str, (*TINY, "--data_root", data, "--log_dir", log, "--max_steps", "2"))]
     args[args.index("--vocab_size") + 1] = "50304"
-    assert run("train_gpt2.py", "gpt2-baseline", *args, "--run_name", "a").returncode == 0
+    assert train_here("gpt2-baseline", *args, "--run_name a")[0] == 0
     done = run("hf.py", "export", log / "a", tmp_path / "out")
     assert done.returncode == 0 and "GPT2LMHeadModel, 50,257 rows" in done.stdout, done.stderr
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
@@ -744,11 +744,11 @@ def test_from_a_run_to_a_folder_and_back_into_every_script(tmp_path):
     ):
         assert words in card, card
     assert str(tmp_path) not in card
-    done = run("hf.py", "import", tmp_path / "out", log / "b")
-    assert done.returncode == 0 and "1,634,720 parameters" in done.stdout, done.stderr
-    done = run("hf.py", "export", log / "b", tmp_path / "out")
-    assert done.returncode == 2 and done.stderr.startswith("error: "), done.stderr
-    assert done.stderr.count("\n") == 1, done.stderr
+    hf.import_(str(tmp_path / "out"), str(log / "b"))
+    assert "1,634,720 parameters" in capsys.readouterr().out
+    with pytest.raises(UserError) as e:
+        hf.export(str(log / "b"), str(tmp_path / "out"))
+    assert "\n" not in str(e.value)
 
     trained = hf.load(str(log / "a")).state_dict()
     cfg, _ = from_command_line(

@@ -1115,15 +1115,6 @@ def test_other_shards_are_never_overwritten(source, tmp_path):
     assert "already holds" in fineweb_error(out, source) and listing(out) == before
 
 
-def test_an_unfinished_directory_is_reported_by_audit(source, tmp_path):
-    fineweb(tmp_path / "out", source)
-    manifest = tmp_path / "out" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"complete": true', '"complete": false'))
-    options = ("--T", 32, "--B", 1, "--total_batch", 32, "--max_steps", 10)
-    done = run("audit.py", tmp_path / "out", *options)
-    assert done.returncode == 1 and "wrong: " in done.stdout and "not complete" in done.stdout
-
-
 @pytest.fixture
 def edu_hub(source, monkeypatch):
     with hub_of(Path(source), prepare.FINEWEB_EDU, monkeypatch) as hub:

@@ -1,7 +1,11 @@
-"""What the README says is so: its commands run or are understood, its links lead somewhere."""
+"""What the README says is so: its commands run or are understood, its files exist."""
 
+import contextlib
+import io
 import re
+import runpy
 import shlex
+import sys
 
 import pytest
 from conftest import ROOT, run
@@ -39,7 +43,7 @@ def test_the_two_commands_stand_first():
 
 def test_the_main_job_and_what_comes_after(clone):
     """The first command from a fresh clone, shortened, without a network; then the next ones."""
-    options = "--max_steps 20 --val_tokens 8192 --sample_tokens 100".split()
+    options = "--max_steps 4 --val_tokens 8192 --sample_tokens 100".split()
     offline = {"https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
     env = {"OMP_NUM_THREADS": "2"} | offline
     done = run("train_gpt2.py", *options, cwd=clone, timeout=600, env=env)
@@ -48,7 +52,7 @@ def test_the_main_job_and_what_comes_after(clone):
         "no preset given: shakespeare",
         "train_gpt2.py gpt2-rope",
         "bigram | a bigram model gets val loss 5.",
-        "step 20/20 | loss",
+        "step 4/4 | loss",
         "sample 0",
         "finished in",
         "python generate.py --model log/shakespeare",
@@ -56,7 +60,7 @@ def test_the_main_job_and_what_comes_after(clone):
         assert words in done.stdout, words
     left = {path.name for path in (clone / "log" / "shakespeare").iterdir()}
     assert left >= {"config.json", "env.json", "metrics.jsonl", "curves.png", "samples.txt", "ckpt"}
-    again = run("train_gpt2.py", "--max_steps", "20", cwd=clone)
+    again = run("train_gpt2.py", "--max_steps", "4", cwd=clone)
     assert again.returncode == 0 and "already finished" in again.stdout
     sampled = run("generate.py", "--prompt", "ROMEO:", "--max_new_tokens", "20", cwd=clone)
     assert sampled.returncode == 0, sampled.stderr
@@ -125,9 +129,12 @@ def help_texts():
     for script in SCRIPTS:
         texts[script] = ""
         for words in [(), *((name,) for name in subcommands.get(script, ()))]:
-            done = run(script, *words, "--help")
-            assert done.returncode == 0, done.stderr
-            texts[script] += done.stdout
+            printed = io.StringIO()
+            with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+                patch.setattr(sys, "argv", [script, *words, "--help"])
+                with pytest.raises(SystemExit):
+                    runpy.run_path(str(ROOT / script), run_name="__main__")
+            texts[script] += printed.getvalue()
     return texts
 
 
@@ -146,8 +153,3 @@ def test_presets_and_files_in_the_text_exist():
         assert name in PRESETS, name
     for name in re.findall(r"`([\w/.-]+\.(?:py|sh))`", README):
         assert (ROOT / name).exists(), name
-
-
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)", README):
-        assert target.startswith("http") or (ROOT / target).exists(), target

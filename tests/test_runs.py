@@ -124,6 +124,7 @@ def test_gpt2_4xh100(tmp_path):
         assert (run_dir / file).exists(), file
 
 
+@pytest.mark.slow
 def test_gpt2_4xh100_ends_at_a_mistake(tmp_path):
     """The dry run, before the loop, ends the script, also at one that only several ranks make."""
     data = write_shards(tmp_path / "data", {"train": [6000], "val": [2000]})
