@@ -165,12 +165,13 @@ class Records:
         from the last good checkpoint, and cannot finish a run whose weights are NaN.
         """
         started = time.perf_counter()
-        wrong = self.saver.not_finite() if self.saver else ""
-        if wrong:
-            self.stop.stop_with(self.diverged_error(f"{wrong} is NaN or infinite at step {step}"))
+        if self.saver and not all_finite(self.model):
+            self.stop.stop_with(self.diverged_error(f"weights are NaN or infinite at step {step}"))
         diverged = isinstance(self.stop.error, Diverged)
         if self.wrong_since() == math.inf and self.saver and not diverged:
-            self.saver.save(step, self.state())
+            self.saver.save(step, self.state())  # waits for the previous save, which looks closer
+            if self.saver.not_finite:
+                self.stop.stop_with(self.diverged_error(f"{self.saver.not_finite} before {step}"))
         self.meter.paused("save", self.cfg.save_interval, time.perf_counter() - started)
 
     def save_on_stop(self, step: int):
@@ -356,6 +357,11 @@ class Records:
             self.close_log_and_unlock(wandb_seconds=0)
 
 
+def all_finite(model: torch.nn.Module) -> bool:
+    """Return whether all weights are finite, with one read from the device."""
+    return bool(torch.stack([p.isfinite().all() for p in model.parameters()]).all())
+
+
 def log_of(cfg: TrainConfig, world: World) -> list[dict]:
     """Return the records of metrics.jsonl on rank 0, [] on the others and without such a file."""
     try:
@@ -373,11 +379,6 @@ def resume_point(cfg: TrainConfig) -> tuple[TrainConfig, Checkpoint | None]:
     if cfg.eval_only and cfg.init_from:
         return cfg, None
     resume_from = on_rank0(lambda: find_checkpoint(cfg))
-    if cfg.eval_only and not resume_from:
-        raise UserError(
-            f"no checkpoint in {cfg.checkpoint_dir} to evaluate; hint: --run_name of a run, or "
-            "--init_from gpt2"
-        )
     if resume_from and cfg.epochs is not None:
         # keep the length computed when the run began, even if shards were added since
         stored = resume_from.state["config"]
@@ -402,6 +403,11 @@ def find_checkpoint(cfg: TrainConfig) -> Checkpoint | None:
         newest = newest_checkpoint(cfg)
     if cfg.resume not in ("auto", "never"):
         return named_checkpoint(cfg, newest)
+    if cfg.eval_only and newest is None:
+        raise UserError(
+            f"no checkpoint in {cfg.checkpoint_dir} to evaluate; hint: --run_name of a run, or "
+            "--init_from gpt2"
+        )
     if newest is None and checkpoint.of_wrong_data(cfg.checkpoint_dir):
         say(
             f"resume | all checkpoints in {cfg.checkpoint_dir} had learned from a damaged shard "
@@ -535,7 +541,8 @@ def named_checkpoint(cfg: TrainConfig, newest: Checkpoint | None) -> Checkpoint:
 
     Raises UserError for an older one of this run: what came after it would be overwritten.
     """
-    if newest and not os.path.exists(cfg.resume):  # deleted since this run began
+    began_there = newest and newest.state["config"].get("resume") == cfg.resume
+    if began_there and not os.path.exists(cfg.resume):
         say(f"resume | {cfg.resume} is gone, this run has a checkpoint of its own")
         return newest
     named = checkpoint.find(cfg.resume)

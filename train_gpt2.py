@@ -180,7 +180,7 @@ def launch(cfg: TrainConfig, world: World, stop: Stop) -> Result:
             raise
         smaller = "--B auto or a smaller --B"
         if cfg.B == "auto":
-            smaller = "a smaller --B than the rows in the line `batch` above"
+            smaller = "a number for --B, smaller than what auto chose"
         raise UserError(
             f"out of memory with --B {cfg.B} --T {cfg.T} ({one_line(e)}); "
             f"hint: {smaller}, then --recompute True"

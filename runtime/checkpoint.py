@@ -140,6 +140,7 @@ class Saver:
         self.losses: dict[int, float] = {}  # validation losses of the steps with a checkpoint
         self.last_saved = ""  # name of the newest checkpoint
         self.remedy = ""  # hint for the last failed save
+        self.not_finite = ""  # what was NaN or infinite in it
         self.thread = worker_thread("saver", self.device)
         self.writing = self.thread.submit(lambda: True)
 
@@ -171,17 +172,6 @@ class Saver:
         for (key, t), part in zip(missing.items(), block.split(sizes)):
             self.copies[key] = part[: t.nbytes].view(t.dtype).view(t.shape)
         return True
-
-    def not_finite(self) -> str:
-        """Return the name of a weight or moment that is NaN or infinite, or ""; one device read."""
-        tensors = {}
-        for content in contents(self.model, self.optimizer).values():
-            tensors |= content
-        finite = torch.stack([t.isfinite().all().to(self.device) for t in tensors.values()])
-        for name, good in zip(tensors, finite.tolist()):
-            if not good:
-                return name
-        return ""
 
     def save(self, step: int, state: dict):
         """Wait for the previous save, copy the state, start writing it.
@@ -223,6 +213,7 @@ class Saver:
         except Exception as e:
             self.remedy = remedy(e, self.ckpt_dir)
             if isinstance(e, NotFinite):
+                self.not_finite = str(e)
                 self.remedy = "a lower --max_lr under a new --run_name, with --init_from that one"
             say(
                 f"step {step} | NOT saved: {one_line(e)}; the last checkpoint is "
@@ -296,10 +287,10 @@ class NotFinite(ArithmeticError):
 
 def refuse_not_finite(tensors: dict[str, dict[str, torch.Tensor]]):
     """Raise NotFinite naming a tensor that holds NaN or infinity."""
-    for file, content in tensors.items():
+    for content in tensors.values():
         for name, t in content.items():
             if not is_finite(t):
-                raise NotFinite(f"{name} is NaN or infinite, nothing to put into {file}")
+                raise NotFinite(f"{name} is NaN or infinite")
 
 
 def is_finite(t: torch.Tensor) -> bool:

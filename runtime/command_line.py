@@ -110,8 +110,9 @@ def last_words(message: str):
             show(f"{message}\n", sys.stderr)
 
     writer = threading.Thread(target=write, daemon=True)
-    writer.start()
-    writer.join(1)
+    with contextlib.suppress(RuntimeError):  # no more threads
+        writer.start()
+        writer.join(1)
 
 
 def run_script(main: Callable[[], None]):
@@ -143,7 +144,8 @@ def run_script(main: Callable[[], None]):
         except BrokenPipeError:
             leave_pipe()
     if interrupted:
-        show("interrupted\n", sys.stderr)
+        with contextlib.suppress(OSError):
+            show("interrupted\n", sys.stderr)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
 

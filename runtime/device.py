@@ -32,9 +32,9 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         available.append("mps")
     available.append("cpu")
     kind, _, index = name.partition(":")
-    if not re.fullmatch(r"\w+(:\d+)?", name):
+    if not re.fullmatch(r"auto|\w+(:\d+)?", name) or (kind == "auto" and name != kind):
         raise UserError(f"device {name!r} is not a device; hint: cuda, cuda:1, mps, cpu or auto")
-    if index and local_rank:
+    if kind == "cuda" and index and local_rank:
         raise UserError(f"--device {name} is one GPU for all processes; hint: --device cuda")
     if kind == "auto":
         kind = "cuda" if has_gpu() else available[0]

@@ -48,7 +48,7 @@ class Meter:
         self.pending: list[Pending] = []
         self.last_read = 0  # the last step that was logged
         self.skipped_in_a_row = skipped  # steps skipped up to it, since the last good one
-        self.most_skipped = skipped  # the largest that number has been
+        self.most_skipped = 0  # the largest that number has been in this process
         self.pauses: dict[str, Pause] = {}  # what interrupts training from time to time
         self.restart()
 

@@ -1160,7 +1160,7 @@ def test_a_download_that_fails_half_way_resumes_there(edu_hub, source, tmp_path)
 
 
 @pytest.mark.parametrize("fault", ["drop", (503, ""), (429, ""), (504, "")])
-def test_what_may_pass_is_waited_out(edu_hub, source, tmp_path, fault, capsys):
+def test_a_temporary_error_is_waited_out(edu_hub, source, tmp_path, fault, capsys):
     """Also beyond the seconds for which huggingface_hub retries by itself."""
     edu_hub.faults = [fault] * 3 + [None] + [fault] * 5  # at the list, and at the first file
     assert fineweb(tmp_path / "out").keys() == fineweb(tmp_path / "whole", source).keys()

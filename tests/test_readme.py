@@ -132,8 +132,9 @@ def help_texts():
             printed = io.StringIO()
             with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
                 patch.setattr(sys, "argv", [script, *words, "--help"])
-                with pytest.raises(SystemExit):
+                with pytest.raises(SystemExit) as e:
                     runpy.run_path(str(ROOT / script), run_name="__main__")
+            assert not e.value.code
             texts[script] += printed.getvalue()
     return texts
 

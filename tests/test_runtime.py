@@ -39,7 +39,7 @@ from runtime import cgroup, command_line, runlog
 from runtime import device as device_module
 from runtime import world as world_module
 from runtime.checkpoint import Saver, find
-from runtime.command_line import PathText, UserError, last_words, one_line, say, suggest
+from runtime.command_line import PathText, UserError, one_line, say, suggest
 from runtime.device import (
     choose_compute,
     not_deterministic,
@@ -292,25 +292,29 @@ def test_the_watchdog_waits_for_a_compilation(monkeypatch, capfd):
 
 @pytest.mark.parametrize("console", ["full disk", "full pipe"])
 def test_a_console_that_hangs_does_not_keep_a_hang_alive(monkeypatch, console):
-    """The last words of the watchdog, before it kills what hangs."""
+    """The watchdog ends the process although it cannot say so."""
     reader, writer = os.pipe()
+    path = "/dev/full" if console == "full disk" else writer
     if console == "full pipe":
         os.set_blocking(writer, False)
         with contextlib.suppress(BlockingIOError):
             while True:
                 os.write(writer, b"x" * 4096)
         os.set_blocking(writer, True)
-        stream = open(writer, "w")  # noqa: SIM115
     else:
         os.close(writer)
-        stream = open("/dev/full", "w")  # noqa: SIM115
-    monkeypatch.setattr(sys, "stderr", stream)
-    started = time.monotonic()
-    last_words("error: no progress")
-    assert time.monotonic() - started < 30
-    os.close(reader)  # what is blocked there ends
-    with contextlib.suppress(OSError):
-        stream.close()
+    stop = Stop(world(), timeout=0.1)
+    ended = threading.Event()
+    monkeypatch.setattr(os, "_exit", lambda _status: (ended.set(), stop.stop_watching()))
+    watchdog = threading.Thread(target=stop.watch, args=(0, []), daemon=True)
+    with contextlib.suppress(OSError), open(path, "w") as stream:  # it cannot be flushed
+        monkeypatch.setattr(sys, "stderr", stream)
+        watchdog.start()
+        in_time = ended.wait(60)
+        os.close(reader)  # what is blocked there ends
+        watchdog.join()
+    stop.close()
+    assert in_time
 
 
 @pytest.mark.parametrize("under_torchrun, presses", [(False, 1), (True, 2)])
@@ -405,12 +409,14 @@ def test_a_gpu_that_torch_cannot_use_is_an_error(monkeypatch, name, cuda, file, 
         ("cuda:x", "'cuda:x' is not a device"),
         ("cuda:-1", "'cuda:-1' is not a device"),
         ("cuda:", "'cuda:' is not a device"),
+        ("auto:1", "'auto:1' is not a device"),
         ("cuda:1", "cuda:1 is one GPU for all processes"),
         ("tpu", "'tpu' is not there"),
     ],
 )
 def test_names_of_devices(name, words):
     """In the second process of a machine."""
+    assert pick_device("cpu:0", local_rank=1).type == "cpu"
     with pytest.raises(UserError, match=f"{words}.*; hint: "):
         pick_device(name, local_rank=1)
 
@@ -1179,7 +1185,7 @@ def test_threads_follow_the_quota_of_cpus(monkeypatch, capsys, quota, threads):
 # the command line
 
 
-def test_near_suggests_or_lists():
+def test_suggests_or_lists():
     words = ["max_lr", "max_steps", "min_lr", "seed"]
     assert suggest("max_step", words) == "did you mean max_steps?"
     assert suggest("max_lrr", words) == "did you mean max_lr or min_lr?"
