@@ -827,4 +827,4 @@ def test_auto_takes_the_largest_micro_batch_that_fits(tmp_path):
     assert losses_of[0] == pytest.approx(losses_of[1_200_000_000], abs=1e-5)
     done = limited(600_000_000, "--B 16")
     assert done.returncode == 2 and "error: out of memory with --B 16 --T 128" in done.stderr
-    assert "hint: a smaller --B or --B auto" in done.stderr and "Traceback" not in done.stderr
+    assert "hint: --B auto or a smaller --B, " in done.stderr and "Traceback" not in done.stderr
