@@ -292,7 +292,13 @@ class Records:
 
     def close_checkpoints(self) -> bool:
         """Wait for the last checkpoint; return whether it was written."""
-        return self.saver is None or self.saver.close()
+        if self.saver is None:
+            return True
+        saved = self.saver.close()
+        if self.saver.not_finite:
+            error = self.diverged_error(f"{self.saver.not_finite} in the last checkpoint")
+            self.stop.stop_with(error)
+        return saved
 
     def not_saved_error(self) -> UserError:
         """Return the error that ends a run whose last checkpoint could not be written."""
