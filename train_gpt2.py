@@ -400,7 +400,7 @@ def main():
         dist.destroy_process_group()
         sys.stdout.flush()
         # skip Python's shutdown: a gloo thread that still frees a tensor aborts the process there
-        # (in 2 of 84 processes)
+        # (seen in 2 of 84)
         os._exit(status)
     if status:
         sys.exit(status)
