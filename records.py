@@ -291,7 +291,10 @@ class Records:
             say(f"curves | {compare.not_drawn(e)}")
 
     def close_checkpoints(self) -> bool:
-        """Wait for the last checkpoint; return whether it was written."""
+        """Wait for the last checkpoint; return whether it was written.
+
+        Moments in it that are NaN or infinite end the run as diverged.
+        """
         if self.saver is None:
             return True
         saved = self.saver.close()
