@@ -487,11 +487,15 @@ def main(args: Comparison):
         if df == 0:
             say("s: not known, no settings have two finished seeds")
         else:
+            finished = [g for g in groups if not g.unfinished]
+            several = [g.name for g in finished if len(g.runs) > 1]
             say(
-                f"s = {s:.4f} (df {df}): standard deviation of a run within its group, over all "
-                "groups; se = s * sqrt(1/n1 + 1/n2), with s of the two groups if both have several "
-                "seeds; shown: beyond t * se (95%)"
+                f"s = {s:.4f} (df {df}): standard deviation of a run within its group, from the "
+                f"seeds of {', '.join(several)}; se = s * sqrt(1/n1 + 1/n2), with s of the two "
+                "groups if both have several seeds; shown: beyond t * se (95%)"
             )
+            if len(several) < len(finished):
+                say("settings with one seed are assumed to have this s; hint: more seeds of them")
         warn_of_commits(groups)
     if args.reference:
         reference = read_run(args.reference, "step")

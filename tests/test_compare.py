@@ -97,7 +97,9 @@ def test_seeds_are_grouped_and_small_differences_are_none(make, tmp_path, capsys
         "gpt2-swiglu": f"one | 20,000 | 5.0500 | +0.0500 ± 0.0258, not {t} | - | 333",
         "gpt2-modern": f"one | 10,000 | 4.5000 | -0.5000 ± 0.0258, {t} | - | 500",
     }
-    assert "s = 0.0224 (df 4)" in out and (tmp_path / "p.png").stat().st_size > 10_000
+    assert "s = 0.0224 (df 4)" in out and "from the seeds of gpt2-baseline, gpt2-rope;" in out
+    assert "settings with one seed are assumed to have this s" in out
+    assert (tmp_path / "p.png").stat().st_size > 10_000
 
 
 def test_two_groups_with_seeds_are_compared_by_their_own_spread(make, tmp_path, capsys):
@@ -108,7 +110,8 @@ def test_two_groups_with_seeds_are_compared_by_their_own_spread(make, tmp_path, 
     alone = rows(capsys.readouterr().out)["gpt2-rope"]
     runs += [make(f"c{i}", "gpt2-modern", 4 + d, seed=i) for i, d in enumerate((-0.001, 0, 0.001))]
     show(tmp_path, *runs)
-    assert rows(capsys.readouterr().out)["gpt2-rope"] == alone
+    out = capsys.readouterr().out
+    assert rows(out)["gpt2-rope"] == alone and "settings with one seed" not in out
     assert alone[3] == "-0.1000 ± 0.0408, not shown (df 4: t 2.78)"
 
 
