@@ -495,7 +495,7 @@ def main(args: Comparison):
                 "groups if both have several seeds; shown: beyond t * se (95%)"
             )
             if len(several) < len(finished):
-                say("settings with one seed are assumed to have this s; hint: more seeds of them")
+                say("settings with one seed are assumed to have this s; hint: study.py --seeds 3")
         warn_of_commits(groups)
     if args.reference:
         reference = read_run(args.reference, "step")
